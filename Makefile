@@ -1,0 +1,85 @@
+# make deps demo    install what is missing, build, classify a shipped clip with a shipped model
+# make deps test    install what is missing, build, run every test; the last line is "N passed, N failed"
+# make              build everything into build/
+# make bench        measure this machine (options: make bench ARGS="--n 4096 --threads 1")
+# make check-symbols   what the header exports and needs
+
+CC     ?= cc
+CFLAGS ?= -O2 -g
+B      ?= build
+STD    ?= -std=c99
+WARN   ?= -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Werror
+DEPS   := build-essential libstb-dev libcjson-dev libopenblas-dev ffmpeg
+
+FLAGS   = $(STD) -D_POSIX_C_SOURCE=200809L -I. -Itools $(WARN) $(CFLAGS) $(CPPFLAGS) -DPSA_CFLAGS='"$(CFLAGS)"'
+HEADERS = $(wildcard *.h */*.h)
+object  = $(patsubst %.c,$B/%.o,$1)
+
+all: $B/psa $B/classify $B/test_psa $B/npydiff
+
+$B/psa: $(call object,$(wildcard tools/*.c))
+$B/classify: $(call object,$(wildcard examples/classify*.c))
+$B/classify: LDLIBS += -lcjson -lopenblas
+$B/test_psa: $(call object,$(filter-out tests/npydiff.c,$(wildcard tests/*.c)))
+$B/npydiff: $(call object,tests/npydiff.c)
+$B/readme: $B/readme.o
+
+$B/psa $B/classify $B/test_psa $B/npydiff $B/readme:
+	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS) -lm -pthread
+
+# deps goes first where it is asked for, with make -j too.
+$B/%.o: %.c $(HEADERS) Makefile | $(filter deps,$(MAKECMDGOALS))
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -c $< -o $@
+
+$B/readme.o: $B/readme.c $(HEADERS)
+	$(CC) $(FLAGS) -c $< -o $@
+
+# The first C example of README.md.
+$B/readme.c: README.md
+	@mkdir -p $(@D)
+	awk '/^```/ { if (inside) exit; inside = $$0 == "```c"; next } inside' $< > $@
+
+deps:
+	@command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || \
+	    { echo "make deps: needs Debian or Ubuntu; elsewhere install what these packages hold: $(DEPS)" >&2; exit 1; }
+	@missing=; for p in $(DEPS); do \
+	    dpkg-query -W -f '$${db:Status-Status}\n' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	    echo "installing$$missing"; \
+	    if [ "$$(id -u)" = 0 ]; then as_root="env"; else as_root="sudo env"; fi; \
+	    $$as_root apt-get update -qq && \
+	    $$as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+
+demo: $B/classify
+	$B/classify examples/data/model examples/data/clip.mp4 --compare
+
+# The test binary goes last: its last line is the result.
+test: all $B/readme
+	$B/readme
+	B=$B tests/classify.sh
+	$B/test_psa
+
+bench: $B/psa
+	$B/psa bench $(ARGS)
+
+# Everything that the header exports starts with psa_; it has no writable data, does not print or end the program, and
+# links with libc, libm and threads alone. PSA_STATIC exports nothing, PSA_NO_THREADS does without threads.
+check-symbols:
+	@mkdir -p $B
+	$(CC) -xc -DPSA_IMPLEMENTATION -fno-pie -c psa.h -o $B/symbols.o
+	nm -g --defined-only $B/symbols.o | grep -q ' T psa_attention$$'
+	! nm -g --defined-only $B/symbols.o | grep -v ' psa_[a-z]'
+	! nm $B/symbols.o | grep -i ' [bdcs] '
+	! nm -u $B/symbols.o | grep -wE '_?exit|abort|f?printf|puts|putchar|perror|std(out|err)|getenv|__assert_fail|pthread_exit'
+	printf 'int main(void) { return 0; }' | $(CC) -no-pie -xc - -xnone $B/symbols.o -o $B/symbols -lm -pthread
+	$(CC) -xc -DPSA_IMPLEMENTATION -DPSA_STATIC -c psa.h -o $B/symbols.o
+	! nm -g --defined-only $B/symbols.o | grep .
+	$(CC) -xc -DPSA_IMPLEMENTATION -DPSA_NO_THREADS -c psa.h -o $B/symbols.o
+	! nm -u $B/symbols.o | grep pthread
+
+clean:
+	rm -rf $B
+
+.PHONY: all deps demo test bench check-symbols clean
+.DELETE_ON_ERROR:

@@ -1,0 +1,3338 @@
+/* psa.h - Pyramid Sparse Attention on the CPU. Version 0.1.0. MIT licence (at the end of the file).
+ *
+ * Attention for long video sequences: every (query block, KV block) pair is read at a pooling level: important blocks
+ * token by token, less important ones as means of 2, 4, 8, ... tokens, the rest not at all, all in one softmax.
+ *
+ * SYNOPSIS
+ *
+ *     #define PSA_IMPLEMENTATION                    // in one .c or .cpp file
+ *     #include "psa.h"
+ *
+ *     psa_desc desc = {0};                          // zero means default everywhere
+ *     psa_tensor q = psa_tensor_4d(qdata, PSA_F32, D, N, H, B);      // contiguous [B][H][N][D]
+ *     psa_tensor k = psa_tensor_4d(kdata, PSA_F32, D, N, Hkv, B);    // or fill ne and nb for any strides
+ *     psa_tensor v = psa_tensor_4d(vdata, PSA_F32, D, N, Hkv, B);
+ *     psa_tensor out = psa_tensor_4d(odata, PSA_F32, D, N, H, B);
+ *     psa_result r = psa_attention(&desc, &q, &k, &v, &out, NULL);   // pool, score, mask, attend
+ *     if (r != PSA_OK) fprintf(stderr, "%s\n", psa_result_string(r));
+ *
+ * CONTENTS (search for the mark)
+ *
+ *     Manual            OPTIONS  CONCEPTS  SCORES  MASKS  ORDERS  MEMORY  THREADS  NUMERICS  GGML  SOURCES
+ *     Declarations      >>config  >>types  >>desc  >>plan  >>stages  >>one-call  >>around
+ *     Implementation    >>util  >>convert  >>dispatch  >>leaves  >>validate  >>pool  >>score  >>mask  >>attend
+ *                       >>order  >>threads  >>stats  >>presets
+ *
+ * OPTIONS (define before including)
+ *
+ *     PSA_IMPLEMENTATION   compile the implementation here
+ *     PSA_STATIC           everything static: a private copy in this file
+ *     PSA_NO_THREADS       no threads of its own; parallel_fn and (ith, nth) still work
+ *     PSA_FILENAME         what this file is called, if not "psa.h": it includes itself once per instruction set
+ *     PSA_SIMD_EMULATED    for tests: intrinsics are macros of an emulation (SIMDe), every instruction set is "there"
+ *
+ *     No compiler flag is needed: SIMD code carries target attributes and is chosen at run time. Needs libc, libm and,
+ *     without PSA_NO_THREADS, pthreads or Windows threads. C99 or C++11. Do not build with -ffast-math: masks rely on
+ *     infinities.
+ *
+ * CONCEPTS
+ *
+ *     q, out [B, Hq, Nq, D or Dv]; k [B, Hkv, Nk, D]; v [B, Hkv, Nk, Dv]. Hq is a multiple of Hkv (GQA, MQA): query
+ *     head h reads KV head h / (Hq/Hkv). f32, f16 or bf16 (k and v the same type); D and Dv multiples of 8 up to 256.
+ *     Outer strides are free, so ggml's, PyTorch's and interleaved layouts need no copies.
+ *
+ *     Blocks: nq = ceil(Nq/block_q) query blocks, nk = ceil(Nk/block_k) KV blocks. The last ones may be ragged.
+ *
+ *     Level: a pooling factor, 1, 2, 4, ... block_k; 0 means the block is skipped. Pooled token t of level L stands for
+ *     the real tokens [L*t, L*t + L) that exist, c of them: its key and value are their means, its logit gets ln c:
+ *
+ *         s(i,t) = scale * q_i . mean k_t + ln c_t
+ *         out_i  = sum_t exp(s(i,t)) mean v_t / sum_t exp(s(i,t)),     lse_i = ln sum_t exp(s(i,t))
+ *
+ *     over the pooled tokens of every KV block at the level that the level map [B][Hq][nq][nk] says. A row with nothing
+ *     to see has out = 0, lse = -inf.
+ *
+ *     Tiles: the map's block size does not dictate the compute tile. What a query block reads, level 1 first, then 2,
+ *     4, ..., is one stream of rows, cut into tiles of 64 rows, so a tile mixes blocks and levels, and a block at level
+ *     8 costs block_k/8 rows and no more (paper: decoupled block-tile).
+ *
+ *     Causal: query i sees key j iff j <= i + (Nk - Nq). KV blocks that straddle the diagonal of a query block are
+ *     always read at level 1, hidden blocks never, whatever a map says: causality is exact.
+ *
+ *     Density: sum of 1/level over visible block pairs / their number, the share of dense attention's multiply-adds.
+ *
+ * SCORES (how important is a block pair? each row of the score map sums to 1)
+ *
+ *     SAMPLE        sampled queries r and keys c (the same random offsets in every block): with a = scale * q_r . k_c
+ *                   and m_r = max a over the sampled keys r sees, S = max of exp(a - m_r). score_norm also divides by
+ *                   the row's softmax denominator, score_mean takes the mean for the maximum. Offsets beyond a ragged
+ *                   block's end are left out. Costs sample_q * sample_k / 2 of dense attention.
+ *     ANTIDIAGONAL  XAttention: groups of `stride` queries, reversed, against groups of keys; S = softmax mass. Costs
+ *                   1/(2 stride) of dense attention.
+ *     POOLED        block mean against block mean, softmax over the row. Costs next to nothing.
+ *     EXACT         the true softmax mass. Costs half of dense attention and nk * block_q floats a thread.
+ *
+ *     NaN among sampled logits is ignored; a row without any mass is uniform.
+ *
+ * MASKS (from scores to levels; n visible blocks of a row, sorted by score, ties by index)
+ *
+ *     TOPK          position p gets the first level with p < floor(level_end[i] * n): the ends are cumulative, what is
+ *                   beyond the last is skipped. Or level_count[i] blocks at each level.
+ *     THRESHOLD     P = the mass ahead of a block: it gets the first level with P <= level_end[i] (within 1e-6). With
+ *                   inclusive, P counts the block itself; the top block stays at the finest level in use.
+ *     DENSE         everything at level 1.
+ *
+ *     Then, in this order: the similarity cap (a block may not be coarser than its keys are alike), protected tokens
+ *     (prefix, suffix, sink, diagonal), the causal rule, skip_mean. Prefix and suffix are tokens of both axes: query
+ *     row i stands for token i + (Nk - Nq) if causal, else i; the suffix are the last rows of each.
+ *
+ *     Early denoising steps are best left dense: set mask to PSA_MASK_DENSE for them (see psa_preset.warmup_steps). A
+ *     level map may be kept over several steps: run psa_pool and psa_attend only.
+ *
+ * ORDERS
+ *
+ *     Blocks should hold tokens that are alike. order_q and order_k say which token stands at which position; q, k and
+ *     v are read and out is written through them, nothing is copied. psa_order_gilbert follows a space-filling curve
+ *     through the video grid, psa_order_tile cuts it into boxes, psa_order_semantic sorts the tokens of each head by
+ *     k-means (own orders for q and for k); hybrid is Gilbert for q and semantic for k. Not with causal attention.
+ *
+ * MEMORY
+ *
+ *     Only psa_attention allocates: once the workspace, once a level map, freed before it returns. The stages use the
+ *     caller's buffer of psa_work_size bytes: pooled K and V in f32 (less than one f32 copy of each), and per thread
+ *     about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block) floats. Linear in N for each of
+ *     them but the maps, which have nq * nk entries.
+ *
+ * THREADS
+ *
+ *     Every stage takes (ith, nth) and does its share; a barrier between stages is all that is needed, and ggml's
+ *     custom ops or any thread pool can provide it. The same inputs give the same bits for any nth. psa_attention runs
+ *     the stages through desc.parallel_fn if given, else on desc.n_threads threads that it starts itself. There is no
+ *     global state.
+ *
+ * NUMERICS
+ *
+ *     f32 arithmetic, online softmax in base 2 with exp2 accurate to 2e-7; means and scores in f32; results of
+ *     different instruction sets agree within tolerance, not in bits. Denormals are treated as zero inside psa_score
+ *     and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v reach only the rows that read them.
+ *
+ * GGML
+ *
+ *     psa_tensor has ggml's ne and nb: copy data, ne, nb and the type. Each stage is one ggml_custom_4d node whose
+ *     callback passes ith and nth on; workspace and level map are tensors of the graph; set n_threads to the graph's
+ *     threads.
+ *
+ * SOURCES
+ *
+ *     Pyramid Sparse Attention, arXiv 2512.04025 ("the paper"). XAttention, arXiv 2503.16428 (antidiagonal scores).
+ *     FlashAttention, arXiv 2205.14135 and 2307.08691 (online softmax, tiling). Cerveny, "gilbert" (space-filling
+ *     curve).
+ */
+
+/* ================================================================================================================= */
+/* >>config                                                                                                          */
+/* ================================================================================================================= */
+
+#ifndef PSA_H
+#define PSA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PSA_VERSION "0.1.0"
+
+#ifdef PSA_STATIC
+#if defined(__GNUC__) || defined(__clang__)
+#define PSA_API static __attribute__((unused))
+#else
+#define PSA_API static
+#endif
+#else
+#define PSA_API extern
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ================================================================================================================= */
+/* >>types                                                                                                           */
+/* ================================================================================================================= */
+
+#define PSA_MAX_BLOCK_Q 256
+#define PSA_MAX_BLOCK_K 128
+#define PSA_MAX_LEVELS 8 /* 1, 2, 4, ... 128 */
+#define PSA_MAX_D 256
+
+/* Every result code with its message: X(name, message). */
+#define PSA_RESULTS(X)                                                                                                 \
+    X(PSA_OK, "no error")                                                                                              \
+    X(PSA_ERR_NULL, "a required pointer is NULL")                                                                      \
+    X(PSA_ERR_TYPE, "element type: expected f32, f16 or bf16, the same for k and v")                                   \
+    X(PSA_ERR_SHAPE, "shape: extents must be positive and agree between q, k, v and out")                              \
+    X(PSA_ERR_HEAD_DIM, "head size: D and Dv must be multiples of 8 from 8 to 256")                                    \
+    X(PSA_ERR_HEADS, "heads: the query heads must be a multiple of the KV heads")                                      \
+    X(PSA_ERR_STRIDE, "strides: a row must be contiguous, and rows of out must not overlap")                           \
+    X(PSA_ERR_OVERFLOW, "a size does not fit into size_t")                                                             \
+    X(PSA_ERR_BLOCK, "blocks: block_q must be 16 to 256, block_k 16, 32, 64 or 128")                                   \
+    X(PSA_ERR_SCALE, "scale must be finite")                                                                           \
+    X(PSA_ERR_SCORE, "score: unknown kind, sample share outside (0,1], or a stride that does not divide both blocks")  \
+    X(PSA_ERR_MASK, "mask: unknown kind, or level_count with another kind than top-k")                                 \
+    X(PSA_ERR_LEVELS, "level_end must rise within [0,1], level_count must not be negative, no level above block_k")    \
+    X(PSA_ERR_LEVEL_MAP, "level map: an entry is neither 0 nor a power of two up to block_k that the plan can read")   \
+    X(PSA_ERR_SIMILARITY, "sim_min: thresholds must be finite, at most one for each of 2, 4, ... block_k")             \
+    X(PSA_ERR_PROTECT, "n_prefix and n_suffix must not be negative; min_full must be in [0,1]")                        \
+    X(PSA_ERR_ORDER, "token order: not a permutation, or used with causal attention")                                  \
+    X(PSA_ERR_GRID, "grid: every extent must be positive and t*h*w fit into 31 bits")                                  \
+    X(PSA_ERR_ISA, "the instruction set is unknown or this CPU does not have it")                                      \
+    X(PSA_ERR_THREADS, "threads: need 0 <= ith < nth <= the plan's n_threads")                                         \
+    X(PSA_ERR_MEMORY, "the allocator returned NULL")                                                                   \
+    X(PSA_ERR_PRESET, "no preset has this name")
+
+typedef enum psa_result {
+#define PSA__X(name, text) name,
+    PSA_RESULTS(PSA__X)
+#undef PSA__X
+} psa_result;
+
+typedef enum psa_type { PSA_F32 = 0, PSA_F16, PSA_BF16 } psa_type;
+
+/* Instruction sets, slowest first. AUTO takes the best one that the CPU and the operating system support. */
+typedef enum psa_isa { PSA_ISA_AUTO = 0, PSA_ISA_SCALAR, PSA_ISA_AVX2, PSA_ISA_AVX512, PSA_ISA_END } psa_isa;
+
+/* How the importance of a block pair is estimated (manual, "Scores"). */
+typedef enum psa_score_kind {
+    PSA_SCORE_SAMPLE = 0,   /* sampled queries against sampled keys, maximum of exp(logit - row maximum) */
+    PSA_SCORE_ANTIDIAGONAL, /* strided antidiagonal sums, as in XAttention (arXiv 2503.16428) */
+    PSA_SCORE_POOLED,       /* block means against block means */
+    PSA_SCORE_EXACT         /* true softmax mass, costs as much as attention: tests, calibration, pictures */
+} psa_score_kind;
+
+/* How scores become levels (manual, "Masks"). */
+typedef enum psa_mask_kind {
+    PSA_MASK_TOPK = 0,  /* level_end are shares of the blocks in rank order, or level_count numbers of blocks */
+    PSA_MASK_THRESHOLD, /* level_end bound the score mass ahead of a block in rank order */
+    PSA_MASK_DENSE      /* every block at level 1; nothing is pooled or scored */
+} psa_mask_kind;
+
+typedef enum psa_order_kind {
+    PSA_ORDER_NONE = 0,
+    PSA_ORDER_GILBERT,
+    PSA_ORDER_TILE,
+    PSA_ORDER_SEMANTIC,
+    PSA_ORDER_HYBRID
+} psa_order_kind;
+
+/* A view of a 4-D tensor. ne: extents, innermost first: D (head size), N (tokens), H (heads), B (batch).
+ * nb: byte strides of the same axes; nb[0] is the element size, the others are free (0 repeats an input).
+ * These are ggml's ne and nb; a PyTorch tensor [B,H,N,D] maps by reversing shape and strides. Data may be unaligned. */
+typedef struct psa_tensor {
+    void *data;
+    psa_type type;
+    int64_t ne[4];
+    size_t nb[4];
+} psa_tensor;
+
+/* A token order: position p of head h in batch b holds token index[b * stride_b + h * stride_h + p].
+ * Strides are in elements; 0 shares one order between heads or batches. index NULL: tokens stay where they are. */
+typedef struct psa_order {
+    const int32_t *index;
+    int64_t stride_h, stride_b;
+} psa_order;
+
+/* Runs task(ctx, ith, nth) for every ith in [0,nth), in any order, at the same time or not; returns when all are done. */
+typedef void psa_task_fn(void *ctx, int ith, int nth);
+typedef void psa_parallel_fn(void *user, int nth, psa_task_fn *task, void *ctx);
+
+typedef void *psa_alloc_fn(void *user, size_t size);        /* NULL when there is no memory; any alignment will do */
+typedef void psa_free_fn(void *user, void *ptr);            /* ptr came from alloc_fn and is not NULL */
+typedef void psa_log_fn(void *user, const char *message);   /* one line without newline: what, where, what was expected */
+
+/* ================================================================================================================= */
+/* >>desc                                                                                                            */
+/* ================================================================================================================= */
+
+/* Everything the caller may choose. Zero means the default everywhere: memset, set what you want, call. */
+typedef struct psa_desc {
+    float scale;             /* logit = scale * q.k; 0: 1/sqrt(D) */
+    int causal;              /* query i sees key j iff j <= i + (Nk - Nq) */
+    int block_q;             /* 16..256 query rows; 0: 128 */
+    int block_k;             /* 16, 32, 64 or 128 keys; 0: 64 */
+    psa_order order_q;       /* order in which queries form blocks; out and lse keep the caller's order */
+    psa_order order_k;       /* the same for keys and values (per KV head) */
+
+    psa_score_kind score;
+    double sample_q;         /* share of each query block that is sampled, (0,1]; 0: 0.25 */
+    double sample_k;         /* share of each KV block, likewise */
+    uint64_t seed;           /* of the sampled offsets */
+    int score_norm;          /* SAMPLE: also divide by the row's softmax denominator, as in the paper */
+    int score_mean;          /* SAMPLE: mean instead of maximum over the sampled pairs (the paper's ablation) */
+    int stride;              /* ANTIDIAGONAL: tokens in a group, divides block_q and block_k; 0: 8 */
+
+    psa_mask_kind mask;
+    double level_end[PSA_MAX_LEVELS]; /* cumulative end of levels 1, 2, 4, ...; entries after the last non-zero one are
+                                         unused; all 0: .1 .15 .15 .35 for TOPK, .4 .5 .6 .8 for THRESHOLD */
+    int level_count[PSA_MAX_LEVELS];  /* TOPK: number of blocks at levels 1, 2, 4, ... in place of level_end: the cost
+                                         of a query block does not grow with N; all 0: level_end is used */
+    int inclusive;           /* THRESHOLD: count the block's own mass too (paper's Algorithm 2) */
+    double min_full;         /* THRESHOLD: if > 0, at least floor(min_full*n)+1 of n visible blocks are level 1 */
+    int n_sim_min;           /* similarity cap: entries of sim_min in use; 0: no cap */
+    double sim_min[PSA_MAX_LEVELS - 1]; /* mean cosine that levels 2, 4, 8, ... must exceed */
+    int64_t n_prefix, n_suffix; /* first and last tokens that are always read, and always read, at level 1 */
+    int sink;                /* the first KV block is level 1 for everyone */
+    int diagonal;            /* a query block's own KV blocks are level 1 */
+    int skip_mean;           /* a block that would be skipped is read as one mean token instead */
+
+    psa_isa isa;
+    int n_threads;           /* most threads that may work on the plan; 0: all processors */
+    psa_parallel_fn *parallel_fn; /* psa_attention: runs the stages' threads; NULL: threads of its own */
+    void *parallel_user;
+    psa_alloc_fn *alloc_fn;  /* psa_attention: memory; NULL: malloc and free. Give both or neither */
+    psa_free_fn *free_fn;
+    void *alloc_user;
+    psa_log_fn *log_fn;      /* receives one line with the details of an error; NULL: silence */
+    void *log_user;
+} psa_desc;
+
+/* ================================================================================================================= */
+/* >>plan                                                                                                            */
+/* ================================================================================================================= */
+
+/* A desc and shapes, validated, with defaults resolved and the workspace laid out. A plain value: copy it, keep it, let
+ * it go. It holds no memory and no tensor data; only the order index arrays of the desc must outlive it.
+ * Read it freely, change nothing in it. */
+typedef struct psa_plan {
+    psa_desc desc;             /* no field is 0 for "default" any more */
+    psa_tensor q, k, v, out;   /* shapes and strides; data is NULL */
+    int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
+    int64_t nq, nk;            /* blocks: ceil(Nq/block_q), ceil(Nk/block_k) */
+    int n_levels;              /* levels the plan pools: 1, 2, ... 1 << (n_levels - 1); 1 for a dense plan */
+    int n_sample_q, n_sample_k;
+    uint8_t sample_q[PSA_MAX_BLOCK_Q]; /* sampled offsets inside a block, ascending */
+    uint8_t sample_k[PSA_MAX_BLOCK_K];
+    int64_t level_row[PSA_MAX_LEVELS]; /* first row of level 1 << i among a head's pooled rows; [0] is unused */
+    int64_t pooled_rows;               /* pooled rows of one KV head */
+    size_t work_size;                  /* bytes of workspace; the offsets below are into it, 64-byte aligned */
+    size_t at_pooled_k, at_pooled_v;   /* f32 [B][Hkv][pooled_rows][D], [Dv] */
+    size_t at_bias;                    /* f32 [B][Hkv][pooled_rows]: added to the logit, in units of log2 */
+    size_t at_cap;                     /* u8  [B][Hkv][nk]: coarsest level the similarity cap allows */
+    size_t at_rows;                    /* i64 [B][Hq][nq]: K/V rows read by psa_attend, per query block */
+    size_t at_scratch, scratch_size;   /* one per thread */
+    const struct psa__leaves *leaves;
+} psa_plan;
+
+/* Validates desc and shapes and fills *plan. The tensors' data pointers are not looked at. v and out may be NULL for a
+ * plan that only scores and masks. Fails with any code of PSA_RESULTS that names what is wrong; *plan is then untouched.
+ * Reads the order index arrays (to check that they are permutations). */
+PSA_API psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const psa_tensor *q, const psa_tensor *k,
+                                 const psa_tensor *v, const psa_tensor *out);
+
+/* Bytes of workspace that the stages need, any alignment. The caller owns it; contents matter between stages only. */
+PSA_API size_t psa_work_size(const psa_plan *plan);
+
+/* Entries of a level map or score map: B * Hq * nq * nk. */
+PSA_API size_t psa_map_size(const psa_plan *plan);
+
+/* ================================================================================================================= */
+/* >>stages                                                                                                          */
+/* ================================================================================================================= */
+
+/* All stages: pure functions of their inputs; they never allocate, block, or touch what belongs to another thread.
+ * Call each one for every ith in [0,nth), from nth threads or one after the other, and let all of them return before
+ * the next stage starts. The results do not depend on nth. Data pointers are those of the tensors given to
+ * psa_plan_init, with the plan's shapes and strides. Outputs must not overlap inputs. */
+
+/* Means of K and V at levels 2, 4, ... and the similarity cap, into work. v NULL: K only (for scoring and masks).
+ * A dense plan needs no pooling and returns at once. Source: paper section 3.2 (multi-level pooling), SPEC 2 and 5. */
+PSA_API psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth);
+
+/* scores: f32 [B][Hq][nq][nk], each row sums to 1; pairs that causality hides are 0. Needs psa_pool before it if
+ * desc.score is POOLED. A dense plan needs no scores and returns at once.
+ * Source: paper section 3.3; XAttention for ANTIDIAGONAL. */
+PSA_API psa_result psa_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores, int ith,
+                             int nth);
+
+/* levels: u8 [B][Hq][nq][nk], pooling factor of each pair, 0 = skipped. Needs psa_pool before it if n_sim_min > 0.
+ * scores may be NULL for a dense plan. Source: paper Algorithm 2, SPEC 5. */
+PSA_API psa_result psa_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, int ith, int nth);
+
+/* out (and lse, natural log, f32 [B][Hq][Nq], NULL: not wanted) from q, k, v and a level map: the one psa_mask made, an
+ * edited one, one kept from an earlier step, or the caller's own. Causality overrides the map: pairs on the diagonal are
+ * read at level 1, hidden pairs not at all. levels NULL: dense. Needs psa_pool before it unless every level is 0 or 1.
+ * A row with nothing to see gives out = 0, lse = -inf. A bad map gives PSA_ERR_LEVEL_MAP and nothing is written.
+ * Source: paper section 3.4 (decoupled block-tile), SPEC 3. */
+PSA_API psa_result psa_attend(const psa_plan *plan, const void *q, const void *k, const void *v, const uint8_t *levels,
+                              void *work, void *out, float *lse, int ith, int nth);
+
+/* Multiply-adds that the last psa_attend on this workspace really did: rows read x queries x (D + Dv). */
+PSA_API int64_t psa_mul_adds(const psa_plan *plan, const void *work);
+
+/* Merges two partial results over disjoint keys: (out, lse) becomes the result over the union of their keys with
+ * (part, part_lse). Both pairs: [B,H,N,Dv] of any type and strides, lse f32 [B][H][N]. Rows are split over threads.
+ * For context parallelism and for split-KV decoding. */
+PSA_API psa_result psa_merge(const psa_tensor *out, float *lse, const psa_tensor *part, const float *part_lse, int ith,
+                             int nth);
+
+/* ================================================================================================================= */
+/* >>one-call                                                                                                        */
+/* ================================================================================================================= */
+
+typedef struct psa_stats {
+    double density;          /* sum of 1/level over visible block pairs / their number: share of dense multiply-adds */
+    double sparsity;         /* 1 - density */
+    int64_t mul_adds;        /* rows read x queries x (D + Dv) */
+    int64_t dense_mul_adds;  /* the same with every visible block pair at level 1 */
+    int64_t pairs;           /* visible block pairs */
+    int64_t level_blocks[PSA_MAX_LEVELS + 1]; /* pairs skipped, at level 1, 2, 4, ... */
+} psa_stats;
+
+/* What a level map costs, for one batch and head, or with b = -1 and h = -1 over all of them. */
+PSA_API psa_result psa_stats_from_levels(const psa_plan *plan, const uint8_t *levels, int64_t b, int64_t h,
+                                         psa_stats *stats);
+
+/* What psa_attention gives and takes besides its tensors; zero it, then set what is wanted. */
+typedef struct psa_extra {
+    float *lse;              /* out: f32 [B][Hq][Nq] */
+    float *scores;           /* out: f32 [B][Hq][nq][nk]; untouched where levels are given or the plan is dense */
+    uint8_t *levels;         /* out: u8 [B][Hq][nq][nk], or in: the caller's own map, see levels_given */
+    int levels_given;        /* levels is read, not written; nothing is scored */
+    psa_stats stats;         /* out, always; mul_adds is counted where it is done */
+} psa_extra;
+
+/* Pool, score, mask and attend: out = attention(q, k, v). extra may be NULL.
+ * Allocates the workspace and a level map through alloc_fn and frees them before it returns. On failure nothing is
+ * written to out. Thread-safe; runs desc.n_threads threads. */
+PSA_API psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
+                                 const psa_tensor *out, psa_extra *extra);
+
+/* ================================================================================================================= */
+/* >>around                                                                                                          */
+/* ================================================================================================================= */
+
+/* A contiguous tensor [b][h][n][d]. */
+PSA_API psa_tensor psa_tensor_4d(const void *data, psa_type type, int64_t d, int64_t n, int64_t h, int64_t b);
+PSA_API size_t psa_type_size(psa_type type); /* bytes; 0 for an unknown type */
+PSA_API const char *psa_result_string(psa_result result);
+PSA_API const char *psa_version(void);
+PSA_API psa_isa psa_isa_detect(void);          /* the best instruction set of this machine */
+PSA_API int psa_isa_supported(psa_isa isa);
+PSA_API const char *psa_isa_name(psa_isa isa); /* "scalar", "avx2", "avx512"; "auto"; NULL past the end */
+
+/* Orders of a video grid of t x h x w tokens, token index (t*h_extent + h)*w_extent + w: position p of the order holds
+ * token index[p]. index: int32 [t*h*w]. */
+PSA_API psa_result psa_order_gilbert(int t, int h, int w, int32_t *index); /* generalised Hilbert curve */
+PSA_API psa_result psa_order_tile(int t, int h, int w, int tile_t, int tile_h, int tile_w, int32_t *index);
+
+/* Puts text around a grid order: index[n_prefix .. n_prefix+n_video) holds an order of 0..n_video-1 and becomes one of
+ * the video tokens; the n_prefix entries before and n_suffix after it become the tokens that stay in place. */
+PSA_API void psa_order_embed(int32_t *index, int64_t n_prefix, int64_t n_video, int64_t n_suffix);
+
+/* Semantic order: k-means on the tokens of every head of x [B,H,N,D]; tokens sorted by cluster, then by index. The first
+ * n_prefix and last n_suffix tokens stay in place. index: int32 [B][H][N] (a psa_order with stride_h N, stride_b H*N).
+ * centroids: f32 [B][H][n_clusters][D]; with carried they are the start (an earlier step's result) and n_iter 1 or 2
+ * will do, otherwise the start is taken from x; in both cases they hold the result. Heads are split over threads.
+ * work: psa_order_semantic_work_size bytes (0 if a size does not fit). */
+PSA_API size_t psa_order_semantic_work_size(const psa_tensor *x, int n_clusters, int nth);
+PSA_API psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters, int n_iter,
+                                      float *centroids, int carried, int32_t *index, void *work, int ith, int nth);
+
+/* out[p] = in[order[p]], and back: out[order[p]] = in[p]. in and out: same type and extents, must not overlap. For
+ * callers who reorder activations once for a whole model; desc.order_q and order_k need no copy. */
+PSA_API psa_result psa_permute(const psa_tensor *in, const psa_order *order, const psa_tensor *out, int ith, int nth);
+PSA_API psa_result psa_unpermute(const psa_tensor *in, const psa_order *order, const psa_tensor *out, int ith, int nth);
+
+/* Settings of published models. What a desc cannot say is here: the token order, how many of the first denoising steps
+ * stay dense (PSA_MASK_DENSE), and how video extents become a token grid. */
+typedef struct psa_preset {
+    const char *name;
+    psa_order_kind order;
+    int warmup_steps;        /* dense steps at the start */
+    double warmup_share;     /* if > 0: this share of all steps instead */
+    int n_text;              /* text tokens, before the video tokens (also in desc.n_prefix) */
+    int frame_step;          /* video frames per latent frame; 0: no grid rule */
+    int patch_t;             /* latent frames per token */
+    int patch_hw;            /* pixels per token side */
+} psa_preset;
+
+PSA_API const char *psa_preset_name(int i);                          /* NULL past the end */
+PSA_API const psa_preset *psa_preset_find(const char *name);         /* NULL if there is none */
+PSA_API psa_result psa_desc_preset(const char *name, psa_desc *desc); /* overwrites *desc */
+PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int height, int width, int grid[3]);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* PSA_H */
+
+/* "Stop here if you only want the API." */
+
+/* ================================================================================================================= */
+/* >>util                                                                                                            */
+/* ================================================================================================================= */
+
+#if defined(PSA_IMPLEMENTATION) && !defined(PSA_IMPLEMENTATION_DONE)
+#ifndef PSA__PASS /* the file includes itself once per instruction set, for the section >>leaves only */
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef PSA_FILENAME
+#define PSA_FILENAME "psa.h" /* the name under which this file finds itself */
+#endif
+
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
+#define PSA__X86 1
+#include <immintrin.h>
+#endif
+
+#ifndef PSA_NO_THREADS
+#ifdef _WIN32
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#include <pthread.h>
+#include <unistd.h>
+#endif
+#endif
+
+#ifdef PSA_STATIC
+#define PSA__DEF PSA_API
+#else
+#define PSA__DEF
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define PSA__RESTRICT __restrict__
+#define PSA__ALWAYS_INLINE static inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define PSA__RESTRICT __restrict
+#define PSA__ALWAYS_INLINE static __forceinline
+#else
+#define PSA__RESTRICT
+#define PSA__ALWAYS_INLINE static inline
+#endif
+
+#if defined(__clang__)
+#define PSA__UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define PSA__UNROLL _Pragma("GCC unroll 16")
+#else
+#define PSA__UNROLL
+#endif
+
+#define PSA__LOG2E 1.44269504088896340736
+#define PSA__LN2 0.69314718055994530942
+#define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
+#define PSA__BIG 1e37f                  /* scoring clamps its logits to +-BIG */
+#define PSA__TILE_K 64                  /* keys in an attention tile */
+#define PSA__PAD_K 8                    /* row pointer lists are padded to a multiple of this */
+#define PSA__RESCALE 8.0f               /* accumulators are rescaled when a maximum grew by more than 2^8 */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+static int64_t psa__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t psa__max(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t psa__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int psa__log2(int64_t power_of_two)
+{
+    int n = 0;
+    while ((power_of_two >> n) > 1) n++;
+    return n;
+}
+
+/* a * b, or SIZE_MAX once anything overflowed: products and sums stay SIZE_MAX from then on. */
+static size_t psa__mul(size_t a, size_t b)
+{
+    if (a == SIZE_MAX || b == SIZE_MAX) return SIZE_MAX;
+    return b != 0 && a > (SIZE_MAX - 1) / b ? SIZE_MAX : a * b;
+}
+
+static size_t psa__add(size_t a, size_t b) { return a >= SIZE_MAX - 1 - b || b == SIZE_MAX ? SIZE_MAX : a + b; }
+
+/* Reserves n * size bytes at the cursor, which moves on to the next multiple of 64, and returns where they begin. */
+static size_t psa__take(size_t *cursor, size_t n, size_t size)
+{
+    size_t at = *cursor, end = psa__add(psa__add(at, psa__mul(n, size)), 63);
+    *cursor = end == SIZE_MAX ? SIZE_MAX : end & ~(size_t)63;
+    return at;
+}
+
+static char *psa__align(void *p)
+{
+    return (char *)(((uintptr_t)p + 63) & ~(uintptr_t)63);
+}
+
+static const char *psa__align_const(const void *p)
+{
+    return (const char *)(((uintptr_t)p + 63) & ~(uintptr_t)63);
+}
+
+/* Items [*begin,*end) of n for thread ith of nth: contiguous, as even as it goes. */
+static void psa__share(int64_t n, int ith, int nth, int64_t *begin, int64_t *end)
+{
+    int64_t each = n / nth, rest = n % nth;
+    *begin = each * ith + psa__min(ith, rest);
+    *end = *begin + each + (ith < rest);
+}
+
+static uint32_t psa__bits(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static float psa__float(uint32_t u)
+{
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+static int psa__finite(float x) { return (psa__bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+/* 2^x within 2e-7; 0 below -126; NaN stays NaN. */
+static float psa__exp2(float x)
+{
+    float r, f, p;
+    if (!(x >= -126.0f)) return x < -126.0f ? 0.0f : x;
+    if (x > 126.0f) return x >= 128.0f ? psa__float(0x7f800000u) : 4.0f * psa__exp2(x - 2.0f);
+    r = (float)(int)(x < 0.0f ? x - 0.5f : x + 0.5f);
+    f = x - r;
+    p = 1.3398874e-3f;
+    p = p * f + 9.6184373e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return p * psa__float((uint32_t)((int)r + 127) << 23);
+}
+
+/* A counter-based generator (splitmix64): the same number for the same seed and counter on every machine. */
+static uint64_t psa__random(uint64_t seed, uint64_t counter)
+{
+    uint64_t z = seed + (counter + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+#if defined(__GNUC__) || defined(__clang__)
+__attribute__((format(printf, 3, 4)))
+#endif
+static psa_result psa__fail(const psa_desc *desc, psa_result result, const char *format, ...)
+{
+    if (desc && desc->log_fn) {
+        char line[256];
+        va_list args;
+        va_start(args, format);
+        vsnprintf(line, sizeof line, format, args);
+        va_end(args);
+        desc->log_fn(desc->log_user, line);
+    }
+    return result;
+}
+
+/* ================================================================================================================= */
+/* >>convert                                                                                                         */
+/* ================================================================================================================= */
+
+static float psa__from_f16(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3ffu;
+    if (exponent == 31) return psa__float(sign | 0x7f800000u | fraction << 13);
+    if (exponent) return psa__float(sign | (exponent + 112) << 23 | fraction << 13);
+    return psa__float(sign | psa__bits((float)fraction * 5.9604644775390625e-8f)); /* 2^-24 */
+}
+
+/* Round to nearest even; NaN keeps the top of its payload and is made quiet. */
+static uint16_t psa__to_f16(float x)
+{
+    uint32_t u = psa__bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (a >> 13 & 0x3ffu));
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* rounds to 65536 or beyond */
+    if (a < 0x38800000u) {                                   /* below 2^-14: adding 0.5 rounds at 2^-24 */
+        return (uint16_t)(sign | (psa__bits(psa__float(a) + 0.5f) - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + (a >> 13 & 1u)) >> 13));
+}
+
+static float psa__from_bf16(uint16_t h) { return psa__float((uint32_t)h << 16); }
+
+static uint16_t psa__to_bf16(float x)
+{
+    uint32_t u = psa__bits(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40u);
+    return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+
+/* n elements at any alignment, to and from f32. */
+static void psa__to_f32(float *dst, const void *src, psa_type type, int64_t n)
+{
+    const char *p = (const char *)src;
+    uint16_t h;
+    if (type == PSA_F32) {
+        memcpy(dst, src, (size_t)n * sizeof *dst);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(&h, p + 2 * i, 2);
+        dst[i] = type == PSA_F16 ? psa__from_f16(h) : psa__from_bf16(h);
+    }
+}
+
+static void psa__from_f32(void *dst, psa_type type, const float *src, int64_t n)
+{
+    char *p = (char *)dst;
+    if (type == PSA_F32) {
+        memcpy(dst, src, (size_t)n * sizeof *src);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h = type == PSA_F16 ? psa__to_f16(src[i]) : psa__to_bf16(src[i]);
+        memcpy(p + 2 * i, &h, 2);
+    }
+}
+
+/* ================================================================================================================= */
+/* >>dispatch                                                                                                        */
+/* ================================================================================================================= */
+
+/* The functions that every instruction set provides. SIMD lanes are queries: a query tile holds nv vectors of `lanes`
+ * queries, transposed: qt[D][nv * lanes], s[keys][nv * lanes], ot[Dv][nv * lanes]. K and V are read as they lie in
+ * memory, row by row through pointers, so a tile gathers tokens and pooled tokens alike. Row pointer lists hold n rows
+ * and are padded with valid pointers to a multiple of PSA__PAD_K; s has room for the padding. */
+typedef struct psa__leaves {
+    const char *name;
+    int lanes;  /* queries in a vector */
+    int max_nv; /* vectors in a query tile */
+
+    /* f32 from and to any type */
+    void (*to_f32)(float *dst, const void *src, psa_type type, int64_t n);
+    void (*from_f32)(void *dst, psa_type type, const float *src, int64_t n);
+
+    /* pooling: dst = a + b; x *= factor; a.b */
+    void (*sum)(float *dst, const float *a, const float *b, int64_t n);
+    void (*scale)(float *x, float factor, int64_t n);
+    float (*dot)(const float *a, const float *b, int64_t n);
+
+    /* qt = scale * rows^T with rows[nv * lanes][d]; rows = ot^T with lane i scaled by scale[i] */
+    void (*pack)(int nv, float *qt, const float *rows, int64_t d, float scale);
+    void (*unpack)(int nv, float *rows, const float *ot, int64_t dv, const float *scale);
+
+    /* s = K Q^T */
+    void (*qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d, float *s);
+    /* Online softmax, base 2: s becomes exp2(s + bias - m); m, l[nv * lanes] and ot are brought up to date.
+     * bias[n] may be NULL (0). first[n]: lanes below it do not see the key; NULL: all see all. */
+    void (*softmax)(int nv, float *s, int64_t n, const float *bias, const int32_t *first, float *m, float *l, float *ot,
+                    int64_t dv);
+    /* ot += V^T s */
+    void (*pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot);
+
+    /* Scoring. Over n keys, for every lane: bm = max s and, if bs is not NULL, bs = sum of exp2(s - bm).
+     * NaN counts as not seen; bm of a lane that sees nothing is -BIG. */
+    void (*block_max)(int nv, const float *s, int64_t n, const int32_t *first, float *bm, float *bs);
+    /* score[j], j < n, from bm and bs [n][lanes]: with m a lane's maximum over all j, the maximum of exp2(bm - m) or the
+     * sum of bs * exp2(bm - m) over the first n_lanes lanes, with norm divided by the lane's softmax denominator.
+     * bs may be NULL for a maximum without norm. m[lanes], z[lanes]: scratch. */
+    void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t n, const float *bm, const float *bs, int use_max, int norm,
+                     float *m, float *z, float *score);
+
+    /* Denormals off on this thread; the return value brings the caller's mode back. */
+    unsigned (*denormals_off)(void);
+    void (*denormals_restore)(unsigned mode);
+} psa__leaves;
+
+#if defined(PSA_SIMD_EMULATED) /* the tests' build with intrinsics from SIMDe: every instruction set "is there" */
+#define PSA__SIMD 1
+#define PSA__TARGET_AVX2
+#define PSA__TARGET_AVX512
+#define PSA__HOLD(x)
+#elif defined(PSA__X86) && (defined(__GNUC__) || defined(__clang__))
+#define PSA__SIMD 1
+#define PSA__TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define PSA__TARGET_AVX512 __attribute__((target("avx512f,avx2,fma,f16c")))
+/* Keeps gcc from folding a load into each of its uses, which makes the tiles bound by the load ports. */
+#define PSA__HOLD(x) __asm__("" : "+v"(x))
+#elif defined(PSA__X86) && defined(_MSC_VER)
+#define PSA__SIMD 1
+#define PSA__TARGET_AVX2
+#define PSA__TARGET_AVX512
+#define PSA__HOLD(x)
+#endif
+
+#define PSA__PASS 1
+#include PSA_FILENAME
+#undef PSA__PASS
+#ifdef PSA__SIMD
+#define PSA__PASS 2
+#include PSA_FILENAME
+#undef PSA__PASS
+#define PSA__PASS 3
+#include PSA_FILENAME
+#undef PSA__PASS
+#endif
+
+#else /* PSA__PASS */
+
+/* ================================================================================================================= */
+/* >>leaves: this section is compiled once per instruction set, through PSA__(name) and a vector type PSA__V         */
+/* ================================================================================================================= */
+
+#if defined(__GNUC__) && !defined(__clang__) /* g++ 12 warns inside its own AVX-512 header */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if PSA__PASS == 1 /* scalar: one lane per vector */
+
+#define PSA__(name) psa__scalar_##name
+#define PSA__TARGET
+#define PSA__V float
+#define PSA__W 1
+#define PSA__NV 4
+#define PSA__ROWS(nv) ((nv) > 2 ? 2 : 4) /* keys (QK) or output rows (PV) in a register tile */
+#define PSA__HELD(x)
+
+PSA__ALWAYS_INLINE float PSA__(load)(const float *p) { return *p; }
+PSA__ALWAYS_INLINE void PSA__(store)(float *p, float x) { *p = x; }
+PSA__ALWAYS_INLINE float PSA__(splat)(float x) { return x; }
+PSA__ALWAYS_INLINE float PSA__(add)(float a, float b) { return a + b; }
+PSA__ALWAYS_INLINE float PSA__(sub)(float a, float b) { return a - b; }
+PSA__ALWAYS_INLINE float PSA__(mul)(float a, float b) { return a * b; }
+PSA__ALWAYS_INLINE float PSA__(fma)(float a, float b, float c) { return a * b + c; }
+PSA__ALWAYS_INLINE float PSA__(max)(float a, float b) { return a > b ? a : b; } /* b if one is NaN */
+PSA__ALWAYS_INLINE float PSA__(min)(float a, float b) { return a < b ? a : b; }
+PSA__ALWAYS_INLINE int PSA__(any_greater)(float a, float b) { return a > b; }
+PSA__ALWAYS_INLINE float PSA__(from_lane)(int first, float x, float other) { return first > 0 ? other : x; }
+PSA__ALWAYS_INLINE float PSA__(exp2)(float x) { return psa__exp2(x); }
+PSA__ALWAYS_INLINE void PSA__(transpose)(float *r) { (void)r; }
+
+static void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n) { psa__to_f32(dst, src, type, n); }
+static unsigned PSA__(denormals_off)(void) { return 0; }
+static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
+
+#elif PSA__PASS == 2 /* AVX2, FMA, F16C */
+
+#define PSA__(name) psa__avx2_##name
+#define PSA__TARGET PSA__TARGET_AVX2
+#define PSA__V __m256
+#define PSA__W 8
+#define PSA__NV 3
+#define PSA__ROWS(nv) ((nv) > 1 ? 4 : 8)
+#define PSA__HELD(x)
+
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(load)(const float *p) { return _mm256_loadu_ps(p); }
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store)(float *p, __m256 x) { _mm256_storeu_ps(p, x); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(splat)(float x) { return _mm256_set1_ps(x); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(add)(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(sub)(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(mul)(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(fma)(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(max)(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(min)(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+
+PSA__ALWAYS_INLINE PSA__TARGET int PSA__(any_greater)(__m256 a, __m256 b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
+/* x in lanes >= first, other below */
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(from_lane)(int first, __m256 x, __m256 other)
+{
+    __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(below));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(exp2)(__m256 x)
+{
+    const __m256 low = _mm256_set1_ps(-126.0f), round = _mm256_set1_ps(12583039.0f); /* 1.5 * 2^23 + 127 */
+    __m256 keep = _mm256_cmp_ps(x, low, _CMP_NLT_UQ), c = _mm256_max_ps(low, x); /* NaN passes through both */
+    __m256 t = _mm256_add_ps(c, round), f = _mm256_sub_ps(c, _mm256_sub_ps(t, round));
+    __m256 p = _mm256_set1_ps(1.3398874e-3f);
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.6184373e-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.5503324e-2f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.4022648e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.9314718e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+    return _mm256_and_ps(p, keep);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m256 *r)
+{
+    __m256 t[8];
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    PSA__UNROLL for (int i = 0; i < 2; i++) {
+        r[4 * i + 0] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    PSA__UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
+static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+{
+    const char *p = (const char *)src;
+    int64_t i = 0;
+    if (type == PSA_F16) {
+        for (; i + 8 <= n; i += 8) {
+            _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 2 * i))));
+        }
+    } else if (type == PSA_BF16) {
+        for (; i + 8 <= n; i += 8) {
+            __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + 2 * i)));
+            _mm256_storeu_si256((__m256i *)(void *)(dst + i), _mm256_slli_epi32(x, 16));
+        }
+    }
+    psa__to_f32(dst + i, p + (size_t)i * (type == PSA_F32 ? 4 : 2), type, n - i);
+}
+
+static PSA__TARGET unsigned PSA__(denormals_off)(void)
+{
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040u); /* flush to zero, denormals are zero */
+    return mode;
+}
+
+static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { _mm_setcsr(mode); }
+
+#elif PSA__PASS == 3 /* AVX-512F */
+
+#define PSA__(name) psa__avx512_##name
+#define PSA__TARGET PSA__TARGET_AVX512
+#define PSA__V __m512
+#define PSA__W 16
+#define PSA__NV 4
+#define PSA__ROWS(nv) ((nv) > 2 ? 4 : 8)
+#define PSA__HELD(x) PSA__HOLD(x)
+
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load)(const float *p) { return _mm512_loadu_ps(p); }
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store)(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(splat)(float x) { return _mm512_set1_ps(x); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(add)(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(sub)(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(mul)(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(fma)(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(max)(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(min)(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+
+PSA__ALWAYS_INLINE PSA__TARGET int PSA__(any_greater)(__m512 a, __m512 b)
+{
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+}
+
+/* x in lanes >= first, other below */
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(from_lane)(int first, __m512 x, __m512 other)
+{
+    unsigned below = first <= 0 ? 0 : first >= 16 ? 0xffffu : (1u << first) - 1;
+    return _mm512_mask_mov_ps(x, (__mmask16)below, other);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(exp2)(__m512 x)
+{
+    const __m512 round = _mm512_set1_ps(12582912.0f);     /* 1.5 * 2^23 */
+    __m512 c = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* NaN passes; -inf must not meet -inf below */
+    __m512 r = _mm512_sub_ps(_mm512_add_ps(c, round), round), f = _mm512_sub_ps(c, r);
+    __m512 p = _mm512_set1_ps(1.3398874e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6184373e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503324e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022648e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, r);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m512 *r)
+{
+    __m512 t[16];
+    PSA__UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 2]);
+        __m512d c = _mm512_castps_pd(t[4 * i + 1]), d = _mm512_castps_pd(t[4 * i + 3]);
+        r[4 * i + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+        r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    }
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    PSA__UNROLL for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+{
+    const char *p = (const char *)src;
+    int64_t i = 0;
+    if (type == PSA_F16) {
+        for (; i + 16 <= n; i += 16) {
+            __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i));
+            _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(x));
+        }
+    } else if (type == PSA_BF16) {
+        for (; i + 16 <= n; i += 16) {
+            __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)));
+            _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)));
+        }
+    }
+    psa__avx2_to_f32(dst + i, p + (size_t)i * (type == PSA_F32 ? 4 : 2), type, n - i);
+}
+
+static PSA__TARGET unsigned PSA__(denormals_off)(void) { return psa__avx2_denormals_off(); }
+static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { psa__avx2_denormals_restore(mode); }
+
+#endif
+
+/* ---- from here on: one text for every instruction set ---- */
+
+static PSA__TARGET void PSA__(sum)(float *dst, const float *a, const float *b, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) PSA__(store)(dst + i, PSA__(add)(PSA__(load)(a + i), PSA__(load)(b + i)));
+    for (; i < n; i++) dst[i] = a[i] + b[i];
+}
+
+static PSA__TARGET void PSA__(scale)(float *x, float factor, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) PSA__(store)(x + i, PSA__(mul)(PSA__(load)(x + i), PSA__(splat)(factor)));
+    for (; i < n; i++) x[i] *= factor;
+}
+
+static PSA__TARGET float PSA__(dot)(const float *a, const float *b, int64_t n)
+{
+    float lane[PSA__W], total = 0.0f;
+    PSA__V sum = PSA__(splat)(0.0f);
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) sum = PSA__(fma)(PSA__(load)(a + i), PSA__(load)(b + i), sum);
+    PSA__(store)(lane, sum);
+    for (int j = 0; j < PSA__W; j++) total += lane[j];
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+static PSA__TARGET void PSA__(pack)(int nv, float *qt, const float *rows, int64_t d, float scale)
+{
+    const PSA__V factor = PSA__(splat)(scale);
+    for (int j = 0; j < nv; j++) {
+        const float *from = rows + (int64_t)j * PSA__W * d;
+        int64_t x = 0;
+        for (; x + PSA__W <= d; x += PSA__W) {
+            PSA__V r[PSA__W];
+            PSA__UNROLL for (int i = 0; i < PSA__W; i++) r[i] = PSA__(mul)(PSA__(load)(from + i * d + x), factor);
+            PSA__(transpose)(r);
+            PSA__UNROLL for (int i = 0; i < PSA__W; i++) PSA__(store)(qt + ((x + i) * nv + j) * PSA__W, r[i]);
+        }
+        for (; x < d; x++) {
+            for (int i = 0; i < PSA__W; i++) qt[(x * nv + j) * PSA__W + i] = from[i * d + x] * scale;
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(unpack)(int nv, float *rows, const float *ot, int64_t dv, const float *scale)
+{
+    for (int j = 0; j < nv; j++) {
+        const PSA__V factor = PSA__(load)(scale + j * PSA__W);
+        float *to = rows + (int64_t)j * PSA__W * dv;
+        int64_t x = 0;
+        for (; x + PSA__W <= dv; x += PSA__W) {
+            PSA__V r[PSA__W];
+            PSA__UNROLL for (int i = 0; i < PSA__W; i++) {
+                r[i] = PSA__(mul)(PSA__(load)(ot + ((x + i) * nv + j) * PSA__W), factor);
+            }
+            PSA__(transpose)(r);
+            PSA__UNROLL for (int i = 0; i < PSA__W; i++) PSA__(store)(to + i * dv + x, r[i]);
+        }
+        for (; x < dv; x++) {
+            for (int i = 0; i < PSA__W; i++) {
+                to[i * dv + x] = ot[(x * nv + j) * PSA__W + i] * scale[j * PSA__W + i];
+            }
+        }
+    }
+}
+
+/* The hot tiles. nv and rows are constants after inlining, so the accumulators live in registers. */
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float *PSA__RESTRICT qt,
+                                                   const float *const *k, int64_t n, int64_t d,
+                                                   float *PSA__RESTRICT s)
+{
+    for (int64_t key = 0; key < n; key += rows) {
+        PSA__V acc[8][PSA__NV];
+        const float *row[8];
+        PSA__UNROLL for (int i = 0; i < rows; i++) {
+            row[i] = k[key + i];
+            PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(splat)(0.0f);
+        }
+        for (int64_t x = 0; x < d; x++) {
+            PSA__V q[PSA__NV];
+            PSA__UNROLL for (int j = 0; j < nv; j++) {
+                q[j] = PSA__(load)(qt + (x * nv + j) * PSA__W);
+                PSA__HELD(q[j]);
+            }
+            PSA__UNROLL for (int i = 0; i < rows; i++) {
+                PSA__V kx = PSA__(splat)(row[i][x]);
+                PSA__HELD(kx);
+                PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(fma)(kx, q[j], acc[i][j]);
+            }
+        }
+        PSA__UNROLL for (int i = 0; i < rows; i++) {
+            PSA__UNROLL for (int j = 0; j < nv; j++) PSA__(store)(s + ((key + i) * nv + j) * PSA__W, acc[i][j]);
+        }
+    }
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float *PSA__RESTRICT s,
+                                                   const float *const *v, int64_t n, int64_t dv,
+                                                   float *PSA__RESTRICT ot)
+{
+    for (int64_t x = 0; x < dv; x += rows) {
+        PSA__V acc[8][PSA__NV];
+        float *o = ot + x * nv * PSA__W;
+        PSA__UNROLL for (int i = 0; i < rows; i++) {
+            PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(load)(o + (i * nv + j) * PSA__W);
+        }
+        for (int64_t key = 0; key < n; key++) {
+            const float *row = v[key] + x;
+            PSA__V p[PSA__NV];
+            PSA__UNROLL for (int j = 0; j < nv; j++) {
+                p[j] = PSA__(load)(s + (key * nv + j) * PSA__W);
+                PSA__HELD(p[j]);
+            }
+            PSA__UNROLL for (int i = 0; i < rows; i++) {
+                PSA__V vx = PSA__(splat)(row[i]);
+                PSA__HELD(vx);
+                PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(fma)(vx, p[j], acc[i][j]);
+            }
+        }
+        PSA__UNROLL for (int i = 0; i < rows; i++) {
+            PSA__UNROLL for (int j = 0; j < nv; j++) PSA__(store)(o + (i * nv + j) * PSA__W, acc[i][j]);
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d, float *s)
+{
+    switch (nv) {
+    case 1: PSA__(qk_tile)(1, PSA__ROWS(1), qt, k, n, d, s); break;
+    case 2: PSA__(qk_tile)(2, PSA__ROWS(2), qt, k, n, d, s); break;
+    case 3: PSA__(qk_tile)(3, PSA__ROWS(3), qt, k, n, d, s); break;
+    default: PSA__(qk_tile)(PSA__NV, PSA__ROWS(PSA__NV), qt, k, n, d, s); break;
+    }
+}
+
+static PSA__TARGET void PSA__(pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot)
+{
+    switch (nv) {
+    case 1: PSA__(pv_tile)(1, PSA__ROWS(1), s, v, n, dv, ot); break;
+    case 2: PSA__(pv_tile)(2, PSA__ROWS(2), s, v, n, dv, ot); break;
+    case 3: PSA__(pv_tile)(3, PSA__ROWS(3), s, v, n, dv, ot); break;
+    default: PSA__(pv_tile)(PSA__NV, PSA__ROWS(PSA__NV), s, v, n, dv, ot); break;
+    }
+}
+
+/* Adds the bias, hides what lanes do not see, and returns the lanes' maxima in top. */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(logits)(int nv, float *s, int64_t n, const float *bias, const int32_t *first,
+                                                  PSA__V *top)
+{
+    const PSA__V hidden = PSA__(splat)(-INFINITY);
+    for (int j = 0; j < nv; j++) top[j] = hidden;
+    for (int64_t key = 0; key < n; key++) {
+        const PSA__V b = PSA__(splat)(bias ? bias[key] : 0.0f);
+        for (int j = 0; j < nv; j++) {
+            float *at = s + (key * nv + j) * PSA__W;
+            PSA__V x = PSA__(load)(at);
+            if (bias) x = PSA__(add)(x, b);
+            if (first) x = PSA__(from_lane)(first[key] - j * PSA__W, x, hidden);
+            if (bias || first) PSA__(store)(at, x);
+            top[j] = PSA__(max)(x, top[j]);
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float *bias, const int32_t *first, float *m,
+                                       float *l, float *ot, int64_t dv)
+{
+    PSA__V top[PSA__NV];
+    int grew = 0;
+    PSA__(logits)(nv, s, n, bias, first, top);
+    for (int j = 0; j < nv; j++) {
+        grew |= PSA__(any_greater)(top[j], PSA__(add)(PSA__(load)(m + j * PSA__W), PSA__(splat)(PSA__RESCALE)));
+    }
+    for (int j = 0; grew && j < nv; j++) {
+        PSA__V old = PSA__(load)(m + j * PSA__W), now = PSA__(max)(top[j], old);
+        PSA__V shrink = PSA__(exp2)(PSA__(sub)(old, now));
+        PSA__(store)(m + j * PSA__W, now);
+        PSA__(store)(l + j * PSA__W, PSA__(mul)(PSA__(load)(l + j * PSA__W), shrink));
+        for (int64_t x = 0; x < dv; x++) {
+            float *o = ot + (x * nv + j) * PSA__W;
+            PSA__(store)(o, PSA__(mul)(PSA__(load)(o), shrink));
+        }
+    }
+    for (int j = 0; j < nv; j++) {
+        const PSA__V mj = PSA__(load)(m + j * PSA__W);
+        PSA__V sum = PSA__(load)(l + j * PSA__W);
+        for (int64_t key = 0; key < n; key++) {
+            float *at = s + (key * nv + j) * PSA__W;
+            PSA__V p = PSA__(exp2)(PSA__(sub)(PSA__(load)(at), mj));
+            PSA__(store)(at, p);
+            sum = PSA__(add)(sum, p);
+        }
+        PSA__(store)(l + j * PSA__W, sum);
+    }
+}
+
+/* A logit as scoring sees it: NaN and what the lanes below first do not see is -BIG, the rest lies within +-BIG. */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(seen)(const float *s, int first)
+{
+    const PSA__V low = PSA__(splat)(-PSA__BIG);
+    return PSA__(from_lane)(first, PSA__(min)(PSA__(max)(PSA__(load)(s), low), PSA__(splat)(PSA__BIG)), low);
+}
+
+static PSA__TARGET void PSA__(block_max)(int nv, const float *s, int64_t n, const int32_t *first, float *bm, float *bs)
+{
+    for (int j = 0; j < nv; j++) {
+        PSA__V top = PSA__(splat)(-PSA__BIG), sum = PSA__(splat)(0.0f);
+        for (int64_t key = 0; key < n; key++) {
+            const float *at = s + (key * nv + j) * PSA__W;
+            top = PSA__(max)(PSA__(seen)(at, first ? first[key] - j * PSA__W : 0), top);
+        }
+        PSA__(store)(bm + j * PSA__W, top);
+        for (int64_t key = 0; bs && key < n; key++) {
+            const float *at = s + (key * nv + j) * PSA__W;
+            PSA__V x = PSA__(seen)(at, first ? first[key] - j * PSA__W : 0);
+            sum = PSA__(add)(sum, PSA__(exp2)(PSA__(sub)(x, top)));
+        }
+        if (bs) PSA__(store)(bs + j * PSA__W, sum);
+    }
+}
+
+static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t n, const float *bm, const float *bs,
+                                        int use_max, int norm, float *m, float *z, float *score)
+{
+    for (int64_t i = 0; i < lanes; i += PSA__W) {
+        PSA__V top = PSA__(splat)(-PSA__BIG), sum = PSA__(splat)(0.0f);
+        for (int64_t j = 0; j < n; j++) top = PSA__(max)(PSA__(load)(bm + j * lanes + i), top);
+        for (int64_t j = 0; norm && j < n; j++) {
+            PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + j * lanes + i), top));
+            sum = PSA__(fma)(e, PSA__(load)(bs + j * lanes + i), sum);
+        }
+        PSA__(store)(m + i, top);
+        PSA__(store)(z + i, sum);
+    }
+    for (int64_t i = 0; i < lanes; i++) z[i] = i >= n_lanes || m[i] <= -PSA__BIG ? 0.0f : norm ? 1.0f / z[i] : 1.0f;
+    for (int64_t j = 0; j < n; j++) {
+        float lane[PSA__W], total = 0.0f;
+        PSA__V sum = PSA__(splat)(0.0f);
+        for (int64_t i = 0; i < lanes; i += PSA__W) {
+            PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + j * lanes + i), PSA__(load)(m + i)));
+            e = PSA__(mul)(e, PSA__(load)(z + i));
+            if (!use_max) e = PSA__(mul)(e, PSA__(load)(bs + j * lanes + i));
+            sum = use_max ? PSA__(max)(e, sum) : PSA__(add)(e, sum);
+        }
+        PSA__(store)(lane, sum);
+        for (int i = 0; i < PSA__W; i++) total = use_max ? (lane[i] > total ? lane[i] : total) : total + lane[i];
+        score[j] = total;
+    }
+}
+
+static const psa__leaves PSA__(leaves) = {
+#if PSA__PASS == 1
+    "scalar",
+#elif PSA__PASS == 2
+    "avx2",
+#else
+    "avx512",
+#endif
+    PSA__W,           PSA__NV,          PSA__(to_f32),        psa__from_f32,             PSA__(sum),
+    PSA__(scale),     PSA__(dot),       PSA__(pack),          PSA__(unpack),             PSA__(qk),
+    PSA__(softmax),   PSA__(pv),        PSA__(block_max),     PSA__(row_mass),           PSA__(denormals_off),
+    PSA__(denormals_restore)};
+
+#undef PSA__
+#undef PSA__TARGET
+#undef PSA__V
+#undef PSA__W
+#undef PSA__NV
+#undef PSA__ROWS
+#undef PSA__HELD
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif /* PSA__PASS */
+
+#ifndef PSA__PASS
+
+/* The leaves of an instruction set; NULL if it is unknown or this machine lacks it. */
+static const psa__leaves *psa__leaves_of(psa_isa isa)
+{
+    if (!psa_isa_supported(isa)) return NULL;
+    switch (isa) {
+    case PSA_ISA_AUTO: return psa__leaves_of(psa_isa_detect());
+#ifdef PSA__SIMD
+    case PSA_ISA_AVX2: return &psa__avx2_leaves;
+    case PSA_ISA_AVX512: return &psa__avx512_leaves;
+#endif
+    default: return &psa__scalar_leaves;
+    }
+}
+
+#if defined(PSA__SIMD) && !defined(PSA_SIMD_EMULATED)
+static void psa__cpuid(uint32_t leaf, uint32_t r[4])
+{
+#ifdef _MSC_VER
+    int out[4];
+    __cpuidex(out, (int)leaf, 0);
+    memcpy(r, out, sizeof out);
+#elif defined(__i386__) && defined(__PIC__)
+    __asm__ volatile("xchgl %%ebx, %1\n\tcpuid\n\txchgl %%ebx, %1"
+                     : "=a"(r[0]), "=&r"(r[1]), "=c"(r[2]), "=d"(r[3])
+                     : "0"(leaf), "2"(0));
+#else
+    __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(0));
+#endif
+}
+
+/* The register state that the operating system saves (XCR0). */
+static uint64_t psa__xgetbv(void)
+{
+#ifdef _MSC_VER
+    return _xgetbv(0);
+#else
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+#endif
+}
+#endif
+
+PSA__DEF psa_isa psa_isa_detect(void)
+{
+#if defined(PSA_SIMD_EMULATED)
+    return PSA_ISA_AVX512;
+#elif defined(PSA__SIMD)
+    uint32_t r[4];
+    uint64_t saved;
+    psa__cpuid(0, r);
+    if (r[0] < 7) return PSA_ISA_SCALAR;
+    psa__cpuid(1, r);
+    if (~r[2] & (1u << 12 | 1u << 27 | 1u << 29)) return PSA_ISA_SCALAR; /* FMA, OSXSAVE, F16C */
+    saved = psa__xgetbv();
+    psa__cpuid(7, r);
+    if ((saved & 0x06) != 0x06 || !(r[1] & 1u << 5)) return PSA_ISA_SCALAR; /* YMM state, AVX2 */
+    return (saved & 0xe6) == 0xe6 && (r[1] & 1u << 16) ? PSA_ISA_AVX512 : PSA_ISA_AVX2;
+#else
+    return PSA_ISA_SCALAR;
+#endif
+}
+
+PSA__DEF int psa_isa_supported(psa_isa isa) { return isa >= PSA_ISA_AUTO && isa <= psa_isa_detect(); }
+
+PSA__DEF const char *psa_isa_name(psa_isa isa)
+{
+    static const char *const name[] = {"auto", "scalar", "avx2", "avx512"};
+    return isa >= PSA_ISA_AUTO && isa < PSA_ISA_END ? name[isa] : NULL;
+}
+
+PSA__DEF const char *psa_version(void) { return PSA_VERSION; }
+
+PSA__DEF const char *psa_result_string(psa_result result)
+{
+    switch (result) {
+#define PSA__X(name, text)                                                                                             \
+    case name: return text;
+        PSA_RESULTS(PSA__X)
+#undef PSA__X
+    }
+    return "unknown result code";
+}
+
+/* ================================================================================================================= */
+/* >>validate                                                                                                        */
+/* ================================================================================================================= */
+
+PSA__DEF size_t psa_type_size(psa_type type)
+{
+    return type == PSA_F32 ? 4 : type == PSA_F16 || type == PSA_BF16 ? 2 : 0;
+}
+
+PSA__DEF psa_tensor psa_tensor_4d(const void *data, psa_type type, int64_t d, int64_t n, int64_t h, int64_t b)
+{
+    psa_tensor t;
+    memset(&t, 0, sizeof t);
+    memcpy(&t.data, &data, sizeof data); /* one view type serves inputs and outputs */
+    t.type = type;
+    t.ne[0] = d;
+    t.ne[1] = n;
+    t.ne[2] = h;
+    t.ne[3] = b;
+    t.nb[0] = psa_type_size(type);
+    for (int i = 1; i < 4; i++) t.nb[i] = psa__mul(t.nb[i - 1], t.ne[i - 1] > 0 ? (size_t)t.ne[i - 1] : 0);
+    return t;
+}
+
+/* Type, extents and strides of one tensor; the bytes it spans must fit into half the address space. */
+static psa_result psa__check_tensor(const psa_desc *desc, const psa_tensor *t, const char *name)
+{
+    size_t span = psa_type_size(t->type);
+    if (span == 0) return psa__fail(desc, PSA_ERR_TYPE, "%s: unknown element type %d", name, (int)t->type);
+    for (int i = 0; i < 4; i++) {
+        if (t->ne[i] < 1) {
+            return psa__fail(desc, PSA_ERR_SHAPE, "%s: ne[%d] is %lld, expected at least 1", name, i,
+                             (long long)t->ne[i]);
+        }
+        if ((uint64_t)t->ne[i] > (i < 2 ? (uint64_t)INT32_MAX : (uint64_t)SIZE_MAX / 2)) {
+            return psa__fail(desc, PSA_ERR_OVERFLOW, "%s: ne[%d] is %lld, too large", name, i, (long long)t->ne[i]);
+        }
+        span = psa__add(span, psa__mul(t->nb[i], (size_t)t->ne[i] - 1));
+    }
+    if (span > SIZE_MAX / 2) return psa__fail(desc, PSA_ERR_OVERFLOW, "%s: its bytes overflow size_t", name);
+    if (t->nb[0] != psa_type_size(t->type)) {
+        return psa__fail(desc, PSA_ERR_STRIDE, "%s: nb[0] is %llu, expected the element size %d", name,
+                         (unsigned long long)t->nb[0], (int)psa_type_size(t->type));
+    }
+    return PSA_OK;
+}
+
+/* Rows of an output must not overlap: each outer axis has to step over all that the shorter strides span. */
+static psa_result psa__check_output(const psa_desc *desc, const psa_tensor *t, const char *name)
+{
+    size_t span = psa_type_size(t->type) * (size_t)t->ne[0];
+    int done[4] = {1, 0, 0, 0};
+    for (int round = 0; round < 3; round++) {
+        int next = 0;
+        for (int i = 1; i < 4; i++) {
+            if (!done[i] && (next == 0 || t->nb[i] < t->nb[next])) next = i;
+        }
+        done[next] = 1;
+        if (t->ne[next] == 1) continue;
+        if (t->nb[next] < span) return psa__fail(desc, PSA_ERR_STRIDE, "%s: rows overlap along axis %d", name, next);
+        span += t->nb[next] * ((size_t)t->ne[next] - 1);
+    }
+    return PSA_OK;
+}
+
+static psa_result psa__check_extent(const psa_desc *desc, const char *name, int axis, int64_t is, int64_t expected)
+{
+    if (is == expected) return PSA_OK;
+    return psa__fail(desc, PSA_ERR_SHAPE, "%s: ne[%d] is %lld, expected %lld", name, axis, (long long)is,
+                     (long long)expected);
+}
+
+static psa_result psa__check_head_dim(const psa_desc *desc, const char *name, int64_t d)
+{
+    if (d >= 8 && d <= PSA_MAX_D && d % 8 == 0) return PSA_OK;
+    return psa__fail(desc, PSA_ERR_HEAD_DIM, "%s: head size is %lld, expected a multiple of 8 up to %d", name,
+                     (long long)d, PSA_MAX_D);
+}
+
+/* Shapes against each other; fills the plan's tensors and extents. */
+static psa_result psa__plan_shapes(psa_plan *p, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
+                                   const psa_tensor *out)
+{
+    const psa_desc *desc = &p->desc;
+    psa_result r;
+    if ((r = psa__check_tensor(desc, q, "q")) != PSA_OK) return r;
+    if ((r = psa__check_tensor(desc, k, "k")) != PSA_OK) return r;
+    if ((r = psa__check_head_dim(desc, "q", q->ne[0])) != PSA_OK) return r;
+    if ((r = psa__check_extent(desc, "k", 0, k->ne[0], q->ne[0])) != PSA_OK) return r;
+    if ((r = psa__check_extent(desc, "k", 3, k->ne[3], q->ne[3])) != PSA_OK) return r;
+    if (q->ne[2] % k->ne[2] != 0) {
+        return psa__fail(desc, PSA_ERR_HEADS, "q has %lld heads, k has %lld: expected a multiple", (long long)q->ne[2],
+                         (long long)k->ne[2]);
+    }
+    if (v) {
+        if ((r = psa__check_tensor(desc, v, "v")) != PSA_OK) return r;
+        if ((r = psa__check_head_dim(desc, "v", v->ne[0])) != PSA_OK) return r;
+        for (int i = 1; i < 4; i++) {
+            if ((r = psa__check_extent(desc, "v", i, v->ne[i], k->ne[i])) != PSA_OK) return r;
+        }
+        if (v->type != k->type) {
+            return psa__fail(desc, PSA_ERR_TYPE, "v has type %d, k has %d: expected the same", (int)v->type,
+                             (int)k->type);
+        }
+    }
+    if (out) {
+        if ((r = psa__check_tensor(desc, out, "out")) != PSA_OK) return r;
+        if ((r = psa__check_extent(desc, "out", 0, out->ne[0], v ? v->ne[0] : q->ne[0])) != PSA_OK) return r;
+        for (int i = 1; i < 4; i++) {
+            if ((r = psa__check_extent(desc, "out", i, out->ne[i], q->ne[i])) != PSA_OK) return r;
+        }
+        if ((r = psa__check_output(desc, out, "out")) != PSA_OK) return r;
+    }
+    p->q = *q;
+    p->k = *k;
+    if (v) p->v = *v;
+    if (out) p->out = *out;
+    p->q.data = p->k.data = p->v.data = p->out.data = NULL;
+    p->B = q->ne[3];
+    p->Hq = q->ne[2];
+    p->Hkv = k->ne[2];
+    p->Nq = q->ne[1];
+    p->Nk = k->ne[1];
+    p->D = q->ne[0];
+    p->Dv = v ? v->ne[0] : 0;
+    return PSA_OK;
+}
+
+static psa_result psa__plan_blocks(psa_plan *p)
+{
+    psa_desc *d = &p->desc;
+    if (d->block_q == 0) d->block_q = 128;
+    if (d->block_k == 0) d->block_k = 64;
+    if (d->block_q < 16 || d->block_q > PSA_MAX_BLOCK_Q) {
+        return psa__fail(d, PSA_ERR_BLOCK, "block_q is %d, expected 16 to %d", d->block_q, PSA_MAX_BLOCK_Q);
+    }
+    if (d->block_k < 16 || d->block_k > PSA_MAX_BLOCK_K || (d->block_k & (d->block_k - 1)) != 0) {
+        return psa__fail(d, PSA_ERR_BLOCK, "block_k is %d, expected 16, 32, 64 or 128", d->block_k);
+    }
+    if (!(fabsf(d->scale) <= 3.402823466e+38f)) return psa__fail(d, PSA_ERR_SCALE, "scale is not finite");
+    if (d->scale == 0.0f) d->scale = 1.0f / sqrtf((float)p->D);
+    p->nq = psa__ceil_div(p->Nq, d->block_q);
+    p->nk = psa__ceil_div(p->Nk, d->block_k);
+    return PSA_OK;
+}
+
+/* n of the offsets 0..block-1 without repetition, ascending: a partial Fisher-Yates shuffle, then a sort by marking. */
+static void psa__draw_offsets(uint64_t seed, int block, int n, uint8_t *offset)
+{
+    uint8_t deck[PSA_MAX_BLOCK_Q], chosen[PSA_MAX_BLOCK_Q];
+    int found = 0;
+    memset(chosen, 0, sizeof chosen);
+    for (int i = 0; i < block; i++) deck[i] = (uint8_t)i;
+    for (int i = 0; i < n; i++) {
+        int j = i + (int)(psa__random(seed, (uint64_t)i) % (uint64_t)(block - i));
+        uint8_t card = deck[j];
+        deck[j] = deck[i];
+        chosen[card] = 1;
+    }
+    for (int i = 0; i < block; i++) {
+        if (chosen[i]) offset[found++] = (uint8_t)i;
+    }
+}
+
+static int psa__sample_count(double share, int block)
+{
+    int n = (int)(share * block + 0.5);
+    return n < 1 ? 1 : n;
+}
+
+static psa_result psa__plan_score(psa_plan *p)
+{
+    psa_desc *d = &p->desc;
+    if (d->sample_q == 0) d->sample_q = 0.25;
+    if (d->sample_k == 0) d->sample_k = 0.25;
+    if (d->stride == 0) d->stride = 8;
+    if (d->score < PSA_SCORE_SAMPLE || d->score > PSA_SCORE_EXACT) {
+        return psa__fail(d, PSA_ERR_SCORE, "unknown score kind %d", (int)d->score);
+    }
+    if (!(d->sample_q > 0 && d->sample_q <= 1 && d->sample_k > 0 && d->sample_k <= 1)) {
+        return psa__fail(d, PSA_ERR_SCORE, "sample shares are %g and %g, expected (0,1]", d->sample_q, d->sample_k);
+    }
+    if (d->score == PSA_SCORE_ANTIDIAGONAL &&
+        (d->stride < 1 || d->block_q % d->stride != 0 || d->block_k % d->stride != 0)) {
+        return psa__fail(d, PSA_ERR_SCORE, "stride %d does not divide block_q %d and block_k %d", d->stride, d->block_q,
+                         d->block_k);
+    }
+    p->n_sample_q = psa__sample_count(d->sample_q, d->block_q);
+    p->n_sample_k = psa__sample_count(d->sample_k, d->block_k);
+    psa__draw_offsets(psa__random(d->seed, 0), d->block_q, p->n_sample_q, p->sample_q);
+    psa__draw_offsets(psa__random(d->seed, 1), d->block_k, p->n_sample_k, p->sample_k);
+    return PSA_OK;
+}
+
+/* Entries of level_end in use. */
+static int psa__n_ends(const psa_desc *d)
+{
+    int n = PSA_MAX_LEVELS;
+    while (n > 1 && d->level_end[n - 1] == 0) n--;
+    return n;
+}
+
+/* level_end and level_count: defaults, range, and no blocks for levels that block_k does not have. */
+static psa_result psa__plan_levels(psa_plan *p)
+{
+    static const double topk[4] = {.10, .15, .15, .35}, threshold[4] = {.4, .5, .6, .8};
+    psa_desc *d = &p->desc;
+    int most = psa__log2(d->block_k) + 1, counted = 0, ended = 0;
+    double last = 0;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++) {
+        if (d->level_count[i] < 0) return psa__fail(d, PSA_ERR_LEVELS, "level_count[%d] is negative", i);
+        counted |= d->level_count[i] > 0;
+        ended |= d->level_end[i] != 0;
+        if (i >= most && d->level_count[i] > 0) {
+            return psa__fail(d, PSA_ERR_LEVELS, "level_count[%d]: level %d is above block_k %d", i, 1 << i, d->block_k);
+        }
+    }
+    if (counted && d->mask == PSA_MASK_THRESHOLD) return psa__fail(d, PSA_ERR_MASK, "level_count needs top-k");
+    if (!ended) memcpy(d->level_end, d->mask == PSA_MASK_THRESHOLD ? threshold : topk, sizeof topk);
+    for (int i = 0; i < psa__n_ends(d); i++) {
+        double end = d->level_end[i];
+        if (!(end >= last && end <= 1)) {
+            return psa__fail(d, PSA_ERR_LEVELS, "level_end[%d] is %g, expected %g to 1", i, end, last);
+        }
+        if (i >= most && end > last) {
+            return psa__fail(d, PSA_ERR_LEVELS, "level_end[%d]: level %d is above block_k %d", i, 1 << i, d->block_k);
+        }
+        last = end;
+    }
+    return PSA_OK;
+}
+
+static psa_result psa__plan_mask(psa_plan *p)
+{
+    psa_desc *d = &p->desc;
+    psa_result r;
+    int most = psa__log2(d->block_k);
+    if (d->mask < PSA_MASK_TOPK || d->mask > PSA_MASK_DENSE) {
+        return psa__fail(d, PSA_ERR_MASK, "unknown mask kind %d", (int)d->mask);
+    }
+    if ((r = psa__plan_levels(p)) != PSA_OK) return r;
+    if (d->n_sim_min < 0 || d->n_sim_min > most) {
+        return psa__fail(d, PSA_ERR_SIMILARITY, "n_sim_min is %d, expected 0 to %d", d->n_sim_min, most);
+    }
+    for (int i = 0; i < d->n_sim_min; i++) {
+        if (!(fabs(d->sim_min[i]) <= 1e30)) return psa__fail(d, PSA_ERR_SIMILARITY, "sim_min[%d] is not finite", i);
+    }
+    if (d->n_prefix < 0 || d->n_suffix < 0) {
+        return psa__fail(d, PSA_ERR_PROTECT, "n_prefix is %lld, n_suffix %lld: expected 0 or more",
+                         (long long)d->n_prefix, (long long)d->n_suffix);
+    }
+    if (!(d->min_full >= 0 && d->min_full <= 1)) {
+        return psa__fail(d, PSA_ERR_PROTECT, "min_full is %g, expected 0 to 1", d->min_full);
+    }
+    p->n_levels = d->mask == PSA_MASK_DENSE ? 1 : most + 1;
+    return PSA_OK;
+}
+
+/* In range, and sums of index and of a hash of it are those of 0..n-1: each token once, without memory to mark them. */
+static int psa__is_permutation(const int32_t *index, int64_t n)
+{
+    uint64_t sum = 0, hash = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (index[i] < 0 || index[i] >= n) return 0;
+        sum += (uint64_t)i - (uint64_t)(int64_t)index[i];
+        hash += psa__random(0, (uint64_t)i) - psa__random(0, (uint64_t)index[i]);
+    }
+    return sum == 0 && hash == 0;
+}
+
+static psa_result psa__check_order(const psa_desc *desc, const psa_order *o, const psa_tensor *t, const char *name)
+{
+    if (!o->index) return PSA_OK;
+    for (int64_t b = 0; b < (o->stride_b ? t->ne[3] : 1); b++) {
+        for (int64_t h = 0; h < (o->stride_h ? t->ne[2] : 1); h++) {
+            if (!psa__is_permutation(o->index + b * o->stride_b + h * o->stride_h, t->ne[1])) {
+                return psa__fail(desc, PSA_ERR_ORDER, "%s: batch %lld, head %lld is not a permutation of %lld tokens",
+                                 name, (long long)b, (long long)h, (long long)t->ne[1]);
+            }
+        }
+    }
+    return PSA_OK;
+}
+
+static psa_result psa__plan_orders(psa_plan *p)
+{
+    const psa_desc *d = &p->desc;
+    psa_result r;
+    if (d->causal && (d->order_q.index || d->order_k.index)) {
+        return psa__fail(d, PSA_ERR_ORDER, "a token order cannot be causal");
+    }
+    if ((r = psa__check_order(d, &d->order_q, &p->q, "order_q")) != PSA_OK) return r;
+    return psa__check_order(d, &d->order_k, &p->k, "order_k");
+}
+
+#if defined(PSA_NO_THREADS)
+static int psa__processors(void) { return 1; }
+#elif defined(_WIN32)
+static int psa__processors(void)
+{
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return (int)info.dwNumberOfProcessors;
+}
+#else
+static int psa__processors(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
+}
+#endif
+
+/* Query lanes are padded to whole vectors; 16 is a multiple of every instruction set's vector. */
+static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
+
+/* Query vectors that score one query block, padded. */
+static int64_t psa__score_lanes(const psa_plan *p)
+{
+    switch (p->desc.score) {
+    case PSA_SCORE_SAMPLE: return psa__pad_lanes(p->n_sample_q);
+    case PSA_SCORE_ANTIDIAGONAL: return psa__pad_lanes(p->desc.block_q / p->desc.stride);
+    case PSA_SCORE_POOLED: return psa__pad_lanes(1);
+    case PSA_SCORE_EXACT: break;
+    }
+    return psa__pad_lanes(p->desc.block_q);
+}
+
+/* Scratch of one thread. Attention uses the first group, scoring the first three and the second, masking the third. */
+typedef struct psa__scratch {
+    float *qt;           /* query tiles, [D][lanes] each */
+    float *s;            /* logits, [keys][lanes of one tile] */
+    float *m, *l;        /* per lane */
+    float *ot;           /* output tiles, [Dv][lanes] each */
+    float *rows;         /* query rows before packing, output rows after unpacking */
+    float *k, *v;        /* converted rows */
+    const float **kp, **vp; /* row pointers of a tile */
+    float *bias;         /* per key of a tile */
+    int32_t *first;      /* per key of a tile: first lane that sees it */
+
+    int64_t *lane_token; /* per lane: the last token it stands for */
+    float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
+
+    float *score;        /* [nk] one row of the score map */
+    uint32_t *rank[2];   /* [nk] blocks in rank order, and sorting space */
+    uint32_t *key[2];    /* [nk] sort keys */
+} psa__scratch;
+
+/* Lays the scratch out from base (NULL: only counts) and returns its size. */
+static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w)
+{
+    size_t at = 0, f = sizeof(float), lanes = (size_t)psa__pad_lanes(p->desc.block_q), nk = (size_t)p->nk;
+    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = PSA_MAX_BLOCK_K + PSA__PAD_K;
+    int scored = p->desc.mask != PSA_MASK_DENSE, groups = scored && p->desc.score == PSA_SCORE_ANTIDIAGONAL;
+    size_t score_lanes = (size_t)psa__score_lanes(p), pairs = scored ? psa__mul(nk, score_lanes) : 0;
+    size_t query = groups ? score_lanes * (size_t)p->desc.stride * d : 0; /* a lane is a whole group */
+    size_t rows = lanes * (d > dv ? d : dv);
+    uintptr_t b = (uintptr_t)base;
+    psa__scratch s;
+    s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * d, f));
+    s.s = (float *)(b + psa__take(&at, keys * 64, f));
+    s.m = (float *)(b + psa__take(&at, lanes, f));
+    s.l = (float *)(b + psa__take(&at, lanes, f));
+    s.ot = (float *)(b + psa__take(&at, dv * lanes, f));
+    s.rows = (float *)(b + psa__take(&at, query > rows ? query : rows, f));
+    s.k = (float *)(b + psa__take(&at, d * PSA_MAX_BLOCK_K, f));
+    s.v = (float *)(b + psa__take(&at, dv * PSA_MAX_BLOCK_K, f));
+    s.kp = (const float **)(b + psa__take(&at, keys, sizeof(float *)));
+    s.vp = (const float **)(b + psa__take(&at, keys, sizeof(float *)));
+    s.bias = (float *)(b + psa__take(&at, keys, f));
+    s.first = (int32_t *)(b + psa__take(&at, keys, sizeof(int32_t)));
+    s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
+    s.bm = (float *)(b + psa__take(&at, pairs, f));
+    s.bs = (float *)(b + psa__take(&at, pairs, f));
+    s.score = (float *)(b + psa__take(&at, scored ? nk : 0, f));
+    for (int i = 0; i < 2; i++) {
+        s.rank[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
+        s.key[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
+    }
+    if (w) *w = s;
+    return at;
+}
+
+static psa_result psa__plan_work(psa_plan *p)
+{
+    const psa_desc *d = &p->desc;
+    size_t heads = psa__mul((size_t)p->B, (size_t)p->Hkv), at = 0, pooled;
+    p->pooled_rows = 0;
+    for (int i = 1; i < p->n_levels; i++) {
+        p->level_row[i] = p->pooled_rows;
+        p->pooled_rows += p->nk * (d->block_k >> i);
+    }
+    pooled = psa__mul(heads, (size_t)p->pooled_rows);
+    p->at_pooled_k = psa__take(&at, psa__mul(pooled, (size_t)p->D), sizeof(float));
+    p->at_pooled_v = psa__take(&at, psa__mul(pooled, (size_t)p->Dv), sizeof(float));
+    p->at_bias = psa__take(&at, pooled, sizeof(float));
+    p->at_cap = psa__take(&at, d->n_sim_min ? psa__mul(heads, (size_t)p->nk) : 0, 1);
+    p->at_rows = psa__take(&at, psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq), sizeof(int64_t));
+    p->scratch_size = psa__scratch_layout(p, NULL, NULL);
+    p->at_scratch = psa__take(&at, p->scratch_size, (size_t)d->n_threads);
+    p->work_size = psa__add(at, 63);
+    if (p->work_size > SIZE_MAX / 2 || psa__mul(psa_map_size(p), sizeof(float)) > SIZE_MAX / 2) {
+        return psa__fail(d, PSA_ERR_OVERFLOW, "the workspace or the maps do not fit into the address space");
+    }
+    return PSA_OK;
+}
+
+PSA__DEF psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const psa_tensor *q, const psa_tensor *k,
+                                  const psa_tensor *v, const psa_tensor *out)
+{
+    psa_plan p;
+    psa_result r;
+    if (!plan || !desc || !q || !k) return psa__fail(desc, PSA_ERR_NULL, "plan, desc, q and k must not be NULL");
+    memset(&p, 0, sizeof p);
+    p.desc = *desc;
+    p.leaves = psa__leaves_of(desc->isa);
+    if (!p.leaves) return psa__fail(desc, PSA_ERR_ISA, "instruction set %d is not available", (int)desc->isa);
+    if (desc->isa == PSA_ISA_AUTO) p.desc.isa = psa_isa_detect();
+    if (desc->n_threads < 0) return psa__fail(desc, PSA_ERR_THREADS, "n_threads is %d", desc->n_threads);
+    if (desc->n_threads == 0) p.desc.n_threads = psa__processors();
+    if (!desc->alloc_fn != !desc->free_fn) return psa__fail(desc, PSA_ERR_NULL, "alloc_fn and free_fn go together");
+    if ((r = psa__plan_shapes(&p, q, k, v, out)) != PSA_OK) return r;
+    if ((r = psa__plan_blocks(&p)) != PSA_OK) return r;
+    if ((r = psa__plan_score(&p)) != PSA_OK) return r;
+    if ((r = psa__plan_mask(&p)) != PSA_OK) return r;
+    if ((r = psa__plan_orders(&p)) != PSA_OK) return r;
+    if ((r = psa__plan_work(&p)) != PSA_OK) return r;
+    *plan = p;
+    return PSA_OK;
+}
+
+PSA__DEF size_t psa_work_size(const psa_plan *plan) { return plan->work_size; }
+
+PSA__DEF size_t psa_map_size(const psa_plan *plan)
+{
+    size_t rows = psa__mul(psa__mul((size_t)plan->B, (size_t)plan->Hq), (size_t)plan->nq);
+    return psa__mul(rows, (size_t)plan->nk);
+}
+
+/* What every stage checks first. */
+static psa_result psa__check_stage(const psa_plan *p, const void *work, int ith, int nth)
+{
+    if (!p) return PSA_ERR_NULL;
+    if (!work) return psa__fail(&p->desc, PSA_ERR_NULL, "work must not be NULL");
+    if (ith < 0 || ith >= nth || nth > p->desc.n_threads) {
+        return psa__fail(&p->desc, PSA_ERR_THREADS, "ith %d of nth %d, expected 0 <= ith < nth <= %d", ith, nth,
+                         p->desc.n_threads);
+    }
+    return PSA_OK;
+}
+
+static psa__scratch psa__scratch_of(const psa_plan *p, void *work, int ith)
+{
+    psa__scratch w;
+    psa__scratch_layout(p, psa__align(work) + p->at_scratch + (size_t)ith * p->scratch_size, &w);
+    return w;
+}
+
+/* ---- rows, blocks and causality ---- */
+
+/* The row at position i of head h, batch b, in the order given. */
+static const char *psa__row(const psa_tensor *t, const psa_order *o, const void *data, int64_t b, int64_t h, int64_t i)
+{
+    if (o->index) i = o->index[b * o->stride_b + h * o->stride_h + i];
+    return (const char *)data + (size_t)b * t->nb[3] + (size_t)h * t->nb[2] + (size_t)i * t->nb[1];
+}
+
+/* The row as f32: where it lies if it can be read there, else converted into space. */
+static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const char *row, float *space)
+{
+    if (t->type == PSA_F32 && (uintptr_t)row % sizeof(float) == 0) return (const float *)(const void *)row;
+    p->leaves->to_f32(space, row, t->type, t->ne[0]);
+    return space;
+}
+
+static int64_t psa__block_q_rows(const psa_plan *p, int64_t iq)
+{
+    return psa__min(p->desc.block_q, p->Nq - iq * p->desc.block_q);
+}
+
+static int64_t psa__block_k_rows(const psa_plan *p, int64_t jk)
+{
+    return psa__min(p->desc.block_k, p->Nk - jk * p->desc.block_k);
+}
+
+/* The token that query row i stands for: causal attention aligns the ends of q and k. */
+static int64_t psa__query_token(const psa_plan *p, int64_t i) { return p->desc.causal ? i + p->Nk - p->Nq : i; }
+
+/* KV blocks that some row of query block iq sees: the first n. */
+static int64_t psa__n_visible(const psa_plan *p, int64_t iq)
+{
+    int64_t last;
+    if (!p->desc.causal) return p->nk;
+    last = psa__query_token(p, iq * p->desc.block_q + psa__block_q_rows(p, iq) - 1);
+    return last < 0 ? 0 : psa__min(last / p->desc.block_k + 1, p->nk);
+}
+
+/* KV blocks that every row sees in full: the first n; those between this and n_visible straddle the diagonal. */
+static int64_t psa__n_whole(const psa_plan *p, int64_t iq)
+{
+    int64_t seen;
+    if (!p->desc.causal) return p->nk;
+    seen = psa__query_token(p, iq * p->desc.block_q) + 1;
+    if (seen >= p->Nk) return p->nk;
+    return seen < 0 ? 0 : seen / p->desc.block_k;
+}
+
+/* ================================================================================================================= */
+/* >>pool                                                                                                            */
+/* ================================================================================================================= */
+
+/* Pooled rows of level 1 << i that block jk has, by the tokens that exist. */
+static int64_t psa__level_rows(const psa_plan *p, int64_t jk, int i)
+{
+    return psa__ceil_div(psa__block_k_rows(p, jk), (int64_t)1 << i);
+}
+
+/* Tokens under pooled row t of level 1 << i in block jk. */
+static int64_t psa__group_count(const psa_plan *p, int64_t jk, int i, int64_t t)
+{
+    return psa__min((int64_t)1 << i, psa__block_k_rows(p, jk) - (t << i));
+}
+
+/* First pooled row of level 1 << i of block jk among all pooled rows of the workspace. */
+static int64_t psa__pooled_row(const psa_plan *p, int64_t b, int64_t hkv, int64_t jk, int i)
+{
+    return (b * p->Hkv + hkv) * p->pooled_rows + p->level_row[i] + jk * (p->desc.block_k >> i);
+}
+
+/* Means of one block of K or V (rows[n] of width d) at every level: sums of pairs of sums first, divided at the end. */
+static void psa__pool_block(const psa_plan *p, const float *const *rows, int64_t d, float *pooled, int64_t b,
+                            int64_t hkv, int64_t jk)
+{
+    const psa__leaves *f = p->leaves;
+    for (int i = 1; i < p->n_levels; i++) {
+        int64_t n = psa__level_rows(p, jk, i), finer = psa__level_rows(p, jk, i - 1);
+        float *to = pooled + psa__pooled_row(p, b, hkv, jk, i) * d;
+        const float *from = i > 1 ? pooled + psa__pooled_row(p, b, hkv, jk, i - 1) * d : NULL;
+        for (int64_t t = 0; t < n; t++) {
+            const float *x = from ? from + 2 * t * d : rows[2 * t];
+            const float *y = 2 * t + 1 == finer ? NULL : from ? from + (2 * t + 1) * d : rows[2 * t + 1];
+            if (y) f->sum(to + t * d, x, y, d);
+            else memcpy(to + t * d, x, (size_t)d * sizeof(float));
+        }
+    }
+    for (int i = 1; i < p->n_levels; i++) {
+        int64_t n = psa__level_rows(p, jk, i);
+        float *to = pooled + psa__pooled_row(p, b, hkv, jk, i) * d;
+        for (int64_t t = 0; t < n; t++) f->scale(to + t * d, 1.0f / (float)psa__group_count(p, jk, i, t), d);
+    }
+}
+
+static void psa__pool_bias(const psa_plan *p, float *bias, int64_t b, int64_t hkv, int64_t jk)
+{
+    for (int i = 1; i < p->n_levels; i++) {
+        int64_t n = psa__level_rows(p, jk, i);
+        float *to = bias + psa__pooled_row(p, b, hkv, jk, i);
+        for (int64_t t = 0; t < n; t++) to[t] = log2f((float)psa__group_count(p, jk, i, t));
+    }
+}
+
+/* The similarity cap of a block of keys: the coarsest level whose groups' first and last tokens have a mean cosine above
+ * the level's threshold; 1 if none has. */
+static uint8_t psa__similarity_cap(const psa_plan *p, const float *const *rows, int64_t jk)
+{
+    int64_t n = psa__block_k_rows(p, jk), d = p->D;
+    float norm[PSA_MAX_BLOCK_K];
+    int cap = 0;
+    for (int64_t i = 0; i < n; i++) norm[i] = sqrtf(p->leaves->dot(rows[i], rows[i], d));
+    for (int i = 1; i <= p->desc.n_sim_min; i++) {
+        double sum = 0;
+        int64_t groups = 0;
+        for (int64_t t = 0; t < psa__level_rows(p, jk, i); t++) {
+            int64_t c = psa__group_count(p, jk, i, t), x = t << i, y = x + c - 1;
+            if (c == 1) continue;
+            groups++;
+            if (norm[x] > 0 && norm[y] > 0) sum += p->leaves->dot(rows[x], rows[y], d) / (norm[x] * norm[y]);
+        }
+        if (groups && sum / (double)groups > p->desc.sim_min[i - 1]) cap = i;
+    }
+    return (uint8_t)(1 << cap);
+}
+
+/* The rows of a KV block as f32 pointers. */
+static void psa__block_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv, int64_t jk,
+                            float *space, const float **rows)
+{
+    int64_t n = psa__block_k_rows(p, jk), begin = jk * p->desc.block_k;
+    for (int64_t i = 0; i < n; i++) {
+        const char *row = psa__row(t, &p->desc.order_k, data, b, hkv, begin + i);
+        rows[i] = psa__row_f32(p, t, row, space + i * t->ne[0]);
+    }
+}
+
+PSA__DEF psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth)
+{
+    psa_result r = psa__check_stage(plan, work, ith, nth);
+    char *base = psa__align(work);
+    int64_t begin, end;
+    psa__scratch w;
+    if (r != PSA_OK) return r;
+    if (!k) return psa__fail(&plan->desc, PSA_ERR_NULL, "k must not be NULL");
+    if (plan->desc.mask == PSA_MASK_DENSE) return PSA_OK;
+    w = psa__scratch_of(plan, work, ith);
+    psa__share(plan->B * plan->Hkv * plan->nk, ith, nth, &begin, &end);
+    for (int64_t task = begin; task < end; task++) {
+        int64_t jk = task % plan->nk, head = task / plan->nk, hkv = head % plan->Hkv, b = head / plan->Hkv;
+        psa__block_rows(plan, &plan->k, k, b, hkv, jk, w.k, w.kp);
+        psa__pool_block(plan, w.kp, plan->D, (float *)(void *)(base + plan->at_pooled_k), b, hkv, jk);
+        psa__pool_bias(plan, (float *)(void *)(base + plan->at_bias), b, hkv, jk);
+        if (plan->desc.n_sim_min) {
+            ((uint8_t *)base)[plan->at_cap + (size_t)task] = psa__similarity_cap(plan, w.kp, jk);
+        }
+        if (!v) continue;
+        psa__block_rows(plan, &plan->v, v, b, hkv, jk, w.v, w.vp);
+        psa__pool_block(plan, w.vp, plan->Dv, (float *)(void *)(base + plan->at_pooled_v), b, hkv, jk);
+    }
+    return PSA_OK;
+}
+
+/* ================================================================================================================= */
+/* >>score                                                                                                           */
+/* ================================================================================================================= */
+
+/* Query vectors come in lanes: n lanes in tiles of at most max_nv vectors, as even as it goes. */
+typedef struct psa__tiles {
+    int n;                  /* tiles */
+    int nv[PSA_MAX_BLOCK_Q / 4]; /* vectors in each */
+} psa__tiles;
+
+static psa__tiles psa__tiles_of(const psa__leaves *f, int64_t lanes)
+{
+    psa__tiles t;
+    int vectors = (int)psa__ceil_div(lanes, f->lanes);
+    t.n = (vectors + f->max_nv - 1) / f->max_nv;
+    for (int i = 0; i < t.n; i++) t.nv[i] = vectors / t.n + (i < vectors % t.n);
+    return t;
+}
+
+/* Packs the first n of the scratch's rows (width d) into query tiles; lanes beyond n are zero. */
+static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__tiles *tiles, int64_t n, int64_t d,
+                                 float scale)
+{
+    int64_t lane = 0;
+    for (int t = 0; t < tiles->n; t++) {
+        int64_t next = lane + tiles->nv[t] * p->leaves->lanes, begin = psa__max(n, lane);
+        if (next > begin) memset(w->rows + begin * d, 0, (size_t)((next - begin) * d) * sizeof(float));
+        p->leaves->pack(tiles->nv[t], w->qt + lane * d, w->rows + lane * d, d, scale);
+        lane = next;
+    }
+    return lane;
+}
+
+/* Offset of the i-th sampled token in a block of n tokens, or -1 if there is none. A ragged block leaves out offsets
+ * beyond its end; if that is all of them, the first stands for a token that exists. */
+static int64_t psa__sample(const uint8_t *offset, int64_t i, int64_t n)
+{
+    if (offset[i] < n) return offset[i];
+    return i == 0 ? offset[0] % n : -1;
+}
+
+static void psa__load_query(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t i, float *to)
+{
+    p->leaves->to_f32(to, psa__row(&p->q, &p->desc.order_q, q, b, h, i), p->q.type, p->D);
+}
+
+/* The query vectors that score block iq go to w->rows, the token each stands for to w->lane_token. Returns their
+ * number. ANTIDIAGONAL: vectors are groups of stride tokens, reversed, side by side; missing tokens are zero. */
+static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t iq, psa__scratch *w)
+{
+    int64_t first = iq * p->desc.block_q, n = psa__block_q_rows(p, iq), d = p->D, lanes = 0;
+    switch (p->desc.score) {
+    case PSA_SCORE_SAMPLE:
+        for (int64_t i = 0; i < p->n_sample_q; i++) {
+            int64_t at = psa__sample(p->sample_q, i, n);
+            if (at < 0) break;
+            psa__load_query(p, q, b, h, first + at, w->rows + lanes * d);
+            w->lane_token[lanes++] = psa__query_token(p, first + at);
+        }
+        return lanes;
+    case PSA_SCORE_ANTIDIAGONAL:
+        for (int64_t g = 0; g < n; g += p->desc.stride) {
+            for (int64_t i = 0; i < p->desc.stride; i++) {
+                int64_t at = g + p->desc.stride - 1 - i;
+                float *to = w->rows + (lanes * p->desc.stride + i) * d;
+                if (at < n) psa__load_query(p, q, b, h, first + at, to);
+                else memset(to, 0, (size_t)d * sizeof(float));
+            }
+            w->lane_token[lanes++] = psa__query_token(p, first + psa__min(g + p->desc.stride, n) - 1);
+        }
+        return lanes;
+    case PSA_SCORE_POOLED:
+        memset(w->rows, 0, (size_t)d * sizeof(float));
+        for (int64_t i = 0; i < n; i++) {
+            psa__load_query(p, q, b, h, first + i, w->rows + d);
+            p->leaves->sum(w->rows, w->rows, w->rows + d, d);
+        }
+        p->leaves->scale(w->rows, 1.0f / (float)n, d);
+        w->lane_token[0] = psa__query_token(p, first + n - 1);
+        return 1;
+    case PSA_SCORE_EXACT: break;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        psa__load_query(p, q, b, h, first + i, w->rows + i * d);
+        w->lane_token[i] = psa__query_token(p, first + i);
+    }
+    return n;
+}
+
+/* The key vectors of block jk go to w->kp, padded; the first token that each needs to be seen to token[]. Returns their
+ * number. */
+static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
+                               psa__scratch *w, int64_t *token)
+{
+    int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk), d = p->D, keys = 0;
+    const psa_order *o = &p->desc.order_k;
+    switch (p->desc.score) {
+    case PSA_SCORE_SAMPLE:
+        for (int64_t i = 0; i < p->n_sample_k; i++) {
+            int64_t at = psa__sample(p->sample_k, i, n);
+            if (at < 0) break;
+            w->kp[keys] = psa__row_f32(p, &p->k, psa__row(&p->k, o, k, b, hkv, first + at), w->k + keys * d);
+            token[keys++] = first + at;
+        }
+        return keys;
+    case PSA_SCORE_ANTIDIAGONAL:
+        for (int64_t g = 0; g < n; g += p->desc.stride) {
+            float *to = w->k + g * d;
+            for (int64_t i = 0; i < p->desc.stride; i++) {
+                if (g + i >= n) memset(to + i * d, 0, (size_t)d * sizeof(float));
+                else p->leaves->to_f32(to + i * d, psa__row(&p->k, o, k, b, hkv, first + g + i), p->k.type, d);
+            }
+            w->kp[keys] = to;
+            token[keys++] = first + g;
+        }
+        return keys;
+    case PSA_SCORE_POOLED:
+        w->kp[0] = (const float *)(const void *)(base + p->at_pooled_k) +
+                   psa__pooled_row(p, b, hkv, jk, p->n_levels - 1) * d;
+        token[0] = first;
+        return 1;
+    case PSA_SCORE_EXACT: break;
+    }
+    psa__block_rows(p, &p->k, k, b, hkv, jk, w->k, w->kp);
+    for (int64_t i = 0; i < n; i++) token[i] = first + i;
+    return n;
+}
+
+/* first[i] = number of lanes that do not see key i, and the number of (lane, key) pairs that are seen. */
+static int64_t psa__score_visible(const psa__scratch *w, int64_t lanes, const int64_t *token, int64_t keys,
+                                  int32_t *first)
+{
+    int64_t pairs = 0, lane = 0;
+    for (int64_t i = 0; i < keys; i++) {
+        while (lane < lanes && w->lane_token[lane] < token[i]) lane++;
+        first[i] = (int32_t)lane;
+        pairs += lanes - lane;
+    }
+    return pairs;
+}
+
+static void psa__pad_pointers(const float **rows, int64_t n)
+{
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) rows[i] = rows[n - 1];
+}
+
+/* Maximum, and sum if wanted, of block jk for every lane: row jk of w->bm and w->bs. Returns the pairs seen. */
+static int64_t psa__score_block(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
+                                const psa__tiles *tiles, int64_t lanes, int64_t padded, int sums, int straddles,
+                                psa__scratch *w)
+{
+    int64_t token[PSA_MAX_BLOCK_K], lane = 0, d = p->D;
+    int64_t keys = psa__score_keys(p, k, base, b, hkv, jk, w, token), pairs = lanes * keys;
+    if (p->desc.score == PSA_SCORE_ANTIDIAGONAL) d *= p->desc.stride;
+    psa__pad_pointers(w->kp, keys);
+    if (straddles) pairs = psa__score_visible(w, lanes, token, keys, w->first);
+    for (int t = 0; t < tiles->n; t++) {
+        int32_t first[PSA_MAX_BLOCK_K];
+        float *bm = w->bm + jk * padded + lane, *bs = sums ? w->bs + jk * padded + lane : NULL;
+        for (int64_t i = 0; straddles && i < keys; i++) first[i] = w->first[i] - (int32_t)lane;
+        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, w->s);
+        p->leaves->block_max(tiles->nv[t], w->s, keys, straddles ? first : NULL, bm, bs);
+        lane += tiles->nv[t] * p->leaves->lanes;
+    }
+    return pairs;
+}
+
+/* Scales a row to sum 1; a row without mass becomes uniform. */
+static void psa__normalise(float *row, int64_t n)
+{
+    double sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += row[j];
+    for (int64_t j = 0; j < n; j++) row[j] = sum > 0 ? (float)(row[j] / sum) : 1.0f / (float)n;
+}
+
+/* One row of the score map: block pairs (iq, 0..nk) of a head. */
+static void psa__score_row(const psa_plan *p, const void *q, const void *k, const char *base, int64_t b, int64_t h,
+                           int64_t iq, psa__scratch *w, float *row)
+{
+    const psa_desc *desc = &p->desc;
+    int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq), hkv = h / (p->Hq / p->Hkv);
+    int64_t lanes = psa__score_queries(p, q, b, h, iq, w), padded, d = p->D;
+    int sample = desc->score == PSA_SCORE_SAMPLE, use_max = sample && !desc->score_mean;
+    int norm = !sample || desc->score_norm, sums = norm || !use_max;
+    float scale = (float)(desc->scale * PSA__LOG2E);
+    psa__tiles tiles = psa__tiles_of(p->leaves, lanes);
+    if (desc->score == PSA_SCORE_ANTIDIAGONAL) {
+        d *= desc->stride;
+        scale /= (float)desc->stride;
+    }
+    padded = psa__pack_queries(p, w, &tiles, lanes, d, scale);
+    for (int64_t jk = 0; jk < n; jk++) {
+        int64_t pairs = psa__score_block(p, k, base, b, hkv, jk, &tiles, lanes, padded, sums, jk >= whole, w);
+        w->rank[0][jk] = (uint32_t)pairs;
+    }
+    p->leaves->row_mass(padded, lanes, n, w->bm, sums ? w->bs : NULL, use_max, norm, w->m, w->l, row);
+    for (int64_t jk = 0; sample && !use_max && jk < n; jk++) row[jk] /= (float)psa__max(w->rank[0][jk], 1);
+    psa__normalise(row, n);
+    for (int64_t jk = n; jk < p->nk; jk++) row[jk] = 0.0f;
+}
+
+PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores, int ith,
+                              int nth)
+{
+    psa_result r = psa__check_stage(plan, work, ith, nth);
+    int64_t begin, end;
+    unsigned mode;
+    psa__scratch w;
+    if (r != PSA_OK) return r;
+    if (plan->desc.mask == PSA_MASK_DENSE) return PSA_OK;
+    if (!q || !k || !scores) return psa__fail(&plan->desc, PSA_ERR_NULL, "q, k and scores must not be NULL");
+    w = psa__scratch_of(plan, work, ith);
+    psa__share(plan->B * plan->Hq * plan->nq, ith, nth, &begin, &end);
+    mode = plan->leaves->denormals_off();
+    for (int64_t task = begin; task < end; task++) {
+        int64_t iq = task % plan->nq, head = task / plan->nq;
+        psa__score_row(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq, &w, scores + task * plan->nk);
+    }
+    plan->leaves->denormals_restore(mode);
+    return PSA_OK;
+}
+
+/* ================================================================================================================= */
+/* >>mask                                                                                                            */
+/* ================================================================================================================= */
+
+/* A key that sorts ascending where x descends; NaN comes last. */
+static uint32_t psa__sort_key(float x)
+{
+    uint32_t u = psa__bits(x + 0.0f); /* -0 becomes +0 */
+    if (x != x) return UINT32_MAX;
+    return (u & 0x80000000u) != 0 ? u : ~(u | 0x80000000u);
+}
+
+/* Blocks 0..n-1 by descending score, ties by index: a stable radix sort, a byte at a time. The result is w->rank[0]. */
+static const uint32_t *psa__rank(psa__scratch *w, const float *score, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        w->rank[0][j] = (uint32_t)j;
+        w->key[0][j] = psa__sort_key(score[j]);
+    }
+    for (int shift = 0; shift < 32; shift += 8) {
+        int from = shift / 8 % 2, to = 1 - from;
+        uint32_t start[257] = {0};
+        for (int64_t j = 0; j < n; j++) start[(w->key[from][j] >> shift & 255u) + 1]++;
+        for (int i = 0; i < 256; i++) start[i + 1] += start[i];
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t at = start[w->key[from][j] >> shift & 255u]++;
+            w->key[to][at] = w->key[from][j];
+            w->rank[to][at] = w->rank[from][j];
+        }
+    }
+    return w->rank[0];
+}
+
+/* Index of the finest level that gets any share. */
+static int psa__finest(const psa_desc *d, int n_ends)
+{
+    int i = 0;
+    while (i < n_ends - 1 && d->level_end[i] == 0) i++;
+    return i;
+}
+
+/* Position in rank order to level: shares or numbers of blocks. */
+static void psa__mask_topk(const psa_plan *p, const uint32_t *rank, int64_t n, uint8_t *level)
+{
+    const psa_desc *d = &p->desc;
+    int64_t position = 0, end = 0;
+    int counted = 0, ends = psa__n_ends(d), finest = psa__finest(d, ends);
+    for (int i = 0; i < PSA_MAX_LEVELS; i++) {
+        if (d->level_count[i] > 0 && !counted++) finest = i;
+    }
+    for (int i = 0; i < (counted ? PSA_MAX_LEVELS : ends); i++) {
+        end = counted ? end + d->level_count[i] : (int64_t)floor(d->level_end[i] * (double)n);
+        if (i == finest) end = psa__max(end, 1);
+        for (; position < psa__min(end, n); position++) level[rank[position]] = (uint8_t)(1 << i);
+    }
+    for (; position < n; position++) level[rank[position]] = 0;
+}
+
+/* Score mass ahead (or with inclusive, up to and including the block) to level. */
+static void psa__mask_threshold(const psa_plan *p, const uint32_t *rank, const float *score, int64_t n, uint8_t *level)
+{
+    const psa_desc *d = &p->desc;
+    int ends = psa__n_ends(d), finest = psa__finest(d, ends), i = 0;
+    int64_t full = d->min_full > 0 ? (int64_t)floor(d->min_full * (double)n) + 1 : 0;
+    double total = 0, ahead = 0;
+    for (int64_t j = 0; j < n; j++) total += score[j] > 0 ? score[j] : 0;
+    for (int64_t position = 0; position < n; position++) {
+        uint32_t j = rank[position];
+        double own = total > 0 ? (score[j] > 0 ? score[j] / total : 0) : 1.0 / (double)n;
+        while (i < ends && d->level_end[i] + 1e-6 < ahead + (d->inclusive ? own : 0)) i++;
+        level[j] = (uint8_t)(i < ends ? 1 << i : 0);
+        if (d->inclusive && position == 0) level[j] = (uint8_t)(1 << finest);
+        if (position < full) level[j] = 1;
+        ahead += own;
+    }
+}
+
+static void psa__mask_cap(const uint8_t *cap, int64_t n, uint8_t *level)
+{
+    for (int64_t j = 0; j < n; j++) {
+        if (level[j] > cap[j]) level[j] = cap[j];
+    }
+}
+
+/* Level 1 for KV blocks holding tokens [from,to), as end as they are among the first n. */
+static void psa__mask_full(const psa_plan *p, int64_t from, int64_t to, int64_t n, uint8_t *level)
+{
+    int64_t begin = psa__max(from, 0) / p->desc.block_k, end;
+    if (to <= 0 || to <= from) return;
+    end = psa__min(psa__ceil_div(to, p->desc.block_k), n);
+    for (int64_t j = begin; j < end; j++) level[j] = 1;
+}
+
+static void psa__mask_protect(const psa_plan *p, int64_t iq, int64_t n, uint8_t *level)
+{
+    const psa_desc *d = &p->desc;
+    int64_t row = iq * d->block_q, end_row = row + psa__block_q_rows(p, iq);
+    int64_t token = psa__query_token(p, row), end_token = token + (end_row - row);
+    int protected_q = (d->n_prefix > 0 && token < d->n_prefix && end_token > 0) ||
+                      (d->n_suffix > 0 && end_row > p->Nq - d->n_suffix);
+    psa__mask_full(p, 0, psa__min(d->n_prefix, p->Nk), n, level);
+    if (d->n_suffix > 0) psa__mask_full(p, p->Nk - psa__min(d->n_suffix, p->Nk), p->Nk, n, level);
+    if (d->sink) psa__mask_full(p, 0, 1, n, level);
+    if (d->diagonal) psa__mask_full(p, token, end_token, n, level);
+    if (protected_q) memset(level, 1, (size_t)n);
+}
+
+/* One row of the level map from one row of scores. cap is the head's, or NULL. */
+static void psa__mask_row(const psa_plan *p, const float *score, const uint8_t *cap, int64_t iq, psa__scratch *w,
+                          uint8_t *level)
+{
+    const psa_desc *d = &p->desc;
+    int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq);
+    memset(level, d->mask == PSA_MASK_DENSE, (size_t)n);
+    if (d->mask != PSA_MASK_DENSE) {
+        const uint32_t *rank = psa__rank(w, score, n);
+        if (d->mask == PSA_MASK_TOPK) psa__mask_topk(p, rank, n, level);
+        else psa__mask_threshold(p, rank, score, n, level);
+        if (cap) psa__mask_cap(cap, n, level);
+        psa__mask_protect(p, iq, n, level);
+    }
+    memset(level + n, 0, (size_t)(p->nk - n));
+    for (int64_t j = whole; j < n; j++) level[j] = 1;
+    for (int64_t j = 0; d->skip_mean && j < n; j++) {
+        if (level[j] == 0) level[j] = (uint8_t)d->block_k;
+    }
+}
+
+static const uint8_t *psa__cap_of(const psa_plan *p, const void *work, int64_t b, int64_t h)
+{
+    if (!p->desc.n_sim_min) return NULL;
+    return (const uint8_t *)psa__align_const(work) + p->at_cap +
+           (size_t)((b * p->Hkv + h / (p->Hq / p->Hkv)) * p->nk);
+}
+
+PSA__DEF psa_result psa_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, int ith, int nth)
+{
+    psa_result r = psa__check_stage(plan, work, ith, nth);
+    int64_t begin, end;
+    psa__scratch w;
+    if (r != PSA_OK) return r;
+    if (!levels || (!scores && plan->desc.mask != PSA_MASK_DENSE)) {
+        return psa__fail(&plan->desc, PSA_ERR_NULL, "scores and levels must not be NULL");
+    }
+    w = psa__scratch_of(plan, work, ith);
+    psa__share(plan->B * plan->Hq * plan->nq, ith, nth, &begin, &end);
+    for (int64_t task = begin; task < end; task++) {
+        int64_t iq = task % plan->nq, head = task / plan->nq;
+        const uint8_t *cap = psa__cap_of(plan, work, head / plan->Hq, head % plan->Hq);
+        psa__mask_row(plan, scores ? scores + task * plan->nk : NULL, cap, iq, &w, levels + task * plan->nk);
+    }
+    return PSA_OK;
+}
+
+/* ================================================================================================================= */
+/* >>attend                                                                                                          */
+/* ================================================================================================================= */
+
+/* The tile of keys that a query block is reading: rows in stream order, any mix of levels. */
+typedef struct psa__stream {
+    const psa_plan *p;
+    const void *k, *v;
+    const char *base;        /* aligned workspace */
+    psa__scratch w;
+    psa__tiles tiles;
+    int64_t b, hkv, iq;
+    int64_t n;               /* rows waiting in the tile */
+    int pooled, straddles;   /* whether any of them has a bias, or is hidden from some lane */
+    int64_t rows;            /* rows read so end by this query block */
+} psa__stream;
+
+/* ot += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0, but
+ * 0 * Inf is NaN, so it must not be touched at all. */
+static void psa__pv_hidden(psa__stream *st, int64_t width, const int32_t *first, const float *s, float *ot)
+{
+    for (int64_t key = 0; key < st->n; key++) {
+        for (int64_t x = 0; x < st->p->Dv; x++) {
+            for (int64_t lane = psa__max(first[key], 0); lane < width; lane++) {
+                ot[x * width + lane] += s[key * width + lane] * st->w.vp[key][x];
+            }
+        }
+    }
+}
+
+static int psa__v_finite(const psa__stream *st)
+{
+    for (int64_t key = 0; key < st->n; key++) {
+        for (int64_t x = 0; x < st->p->Dv; x++) {
+            if (!psa__finite(st->w.vp[key][x])) return 0;
+        }
+    }
+    return 1;
+}
+
+/* All query tiles of the block against the tile of keys, which is empty afterwards. */
+static void psa__stream_flush(psa__stream *st)
+{
+    const psa__leaves *f = st->p->leaves;
+    psa__scratch *w = &st->w;
+    int64_t lane = 0, d = st->p->D, dv = st->p->Dv, n = st->n;
+    int32_t first[PSA__TILE_K];
+    int finite = !st->straddles || psa__v_finite(st);
+    if (n == 0) return;
+    psa__pad_pointers(w->kp, n);
+    for (int t = 0; t < st->tiles.n; t++) {
+        int nv = st->tiles.nv[t];
+        int64_t width = nv * f->lanes;
+        float *ot = w->ot + lane * dv;
+        for (int64_t i = 0; st->straddles && i < n; i++) first[i] = w->first[i] - (int32_t)lane;
+        f->qk(nv, w->qt + lane * d, w->kp, n, d, w->s);
+        f->softmax(nv, w->s, n, st->pooled ? w->bias : NULL, st->straddles ? first : NULL, w->m + lane, w->l + lane, ot,
+                   dv);
+        if (finite) f->pv(nv, w->s, w->vp, n, dv, ot);
+        else psa__pv_hidden(st, width, first, w->s, ot);
+        lane += width;
+    }
+    st->rows += n;
+    st->n = 0;
+    st->pooled = st->straddles = 0;
+}
+
+/* The tokens of block jk themselves. Lane i stands for query token `token + i`. */
+static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int straddles)
+{
+    const psa_plan *p = st->p;
+    psa__scratch *w = &st->w;
+    int64_t begin = jk * p->desc.block_k, end = begin + psa__block_k_rows(p, jk);
+    for (int64_t i = begin; i < end; i++) {
+        const char *k = psa__row(&p->k, &p->desc.order_k, st->k, st->b, st->hkv, i);
+        const char *v = psa__row(&p->v, &p->desc.order_k, st->v, st->b, st->hkv, i);
+        w->kp[st->n] = psa__row_f32(p, &p->k, k, w->k + st->n * p->D);
+        w->vp[st->n] = psa__row_f32(p, &p->v, v, w->v + st->n * p->Dv);
+        w->bias[st->n] = 0.0f;
+        w->first[st->n] = straddles ? (int32_t)psa__max(psa__min(i - token, INT16_MAX), 0) : 0;
+        st->straddles |= straddles;
+        if (++st->n == PSA__TILE_K) psa__stream_flush(st);
+    }
+}
+
+/* The pooled tokens of block jk at level 1 << i. */
+static void psa__stream_pooled(psa__stream *st, int64_t jk, int i)
+{
+    const psa_plan *p = st->p;
+    psa__scratch *w = &st->w;
+    int64_t row = psa__pooled_row(p, st->b, st->hkv, jk, i), end = row + psa__level_rows(p, jk, i);
+    for (; row < end; row++) {
+        w->kp[st->n] = (const float *)(const void *)(st->base + p->at_pooled_k) + row * p->D;
+        w->vp[st->n] = (const float *)(const void *)(st->base + p->at_pooled_v) + row * p->Dv;
+        w->bias[st->n] = ((const float *)(const void *)(st->base + p->at_bias))[row];
+        w->first[st->n] = 0;
+        st->pooled = 1;
+        if (++st->n == PSA__TILE_K) psa__stream_flush(st);
+    }
+}
+
+/* Everything query block iq reads, level 1 first, then 2, 4, ..., inside a level by index: one stream of rows, cut into
+ * tiles wherever one is full. level NULL: dense. */
+static void psa__stream_blocks(psa__stream *st, const uint8_t *level)
+{
+    const psa_plan *p = st->p;
+    int64_t n = psa__n_visible(p, st->iq), whole = psa__n_whole(p, st->iq);
+    int64_t token = psa__query_token(p, st->iq * p->desc.block_q);
+    for (int64_t j = 0; j < n; j++) {
+        if (!level || level[j] == 1 || j >= whole) psa__stream_tokens(st, j, token, j >= whole);
+    }
+    for (int i = 1; level && i < p->n_levels; i++) {
+        for (int64_t j = 0; j < whole; j++) {
+            if (level[j] == 1 << i) psa__stream_pooled(st, j, i);
+        }
+    }
+    psa__stream_flush(st);
+}
+
+/* Divides by the softmax denominators and writes out and lse. */
+static void psa__attend_finish(psa__stream *st, void *out, float *lse, int64_t h)
+{
+    const psa_plan *p = st->p;
+    psa__scratch *w = &st->w;
+    int64_t n = psa__block_q_rows(p, st->iq), lane = 0, first = st->iq * p->desc.block_q;
+    for (int t = 0; t < st->tiles.n; t++) {
+        int64_t next = lane + st->tiles.nv[t] * p->leaves->lanes;
+        for (int64_t i = lane; i < next; i++) {
+            float l = w->l[i];
+            w->m[i] = l == 0.0f ? -INFINITY : (float)((w->m[i] + log2f(l)) * PSA__LN2);
+            w->l[i] = l == 0.0f ? 0.0f : 1.0f / l;
+        }
+        p->leaves->unpack(st->tiles.nv[t], w->rows + lane * p->Dv, w->ot + lane * p->Dv, p->Dv, w->l + lane);
+        lane = next;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        char *row = (char *)out + (psa__row(&p->out, &p->desc.order_q, out, st->b, h, first + i) - (const char *)out);
+        p->leaves->from_f32(row, p->out.type, w->rows + i * p->Dv, p->Dv);
+        if (lse) {
+            const psa_order *o = &p->desc.order_q;
+            int64_t at = o->index ? o->index[st->b * o->stride_b + h * o->stride_h + first + i] : first + i;
+            lse[(st->b * p->Hq + h) * p->Nq + at] = w->m[i];
+        }
+    }
+}
+
+/* One query block of one head. */
+static void psa__attend_block(psa__stream *st, const void *q, const uint8_t *level, int64_t h, void *out, float *lse)
+{
+    const psa_plan *p = st->p;
+    psa__scratch *w = &st->w;
+    int64_t n = psa__block_q_rows(p, st->iq), lanes;
+    for (int64_t i = 0; i < n; i++) {
+        psa__load_query(p, q, st->b, h, st->iq * p->desc.block_q + i, w->rows + i * p->D);
+    }
+    st->tiles = psa__tiles_of(p->leaves, n);
+    lanes = psa__pack_queries(p, w, &st->tiles, n, p->D, (float)(p->desc.scale * PSA__LOG2E));
+    for (int64_t i = 0; i < lanes; i++) {
+        w->m[i] = PSA__LOWEST;
+        w->l[i] = 0.0f;
+    }
+    memset(w->ot, 0, (size_t)(lanes * p->Dv) * sizeof(float));
+    st->n = st->rows = 0;
+    st->pooled = st->straddles = 0;
+    psa__stream_blocks(st, level);
+    psa__attend_finish(st, out, lse, h);
+}
+
+/* Rows of K/V that each level of a whole block reads; -1 for levels the plan does not have. */
+static void psa__rows_of_levels(const psa_plan *p, int rows[256])
+{
+    for (int i = 0; i < 256; i++) rows[i] = -1;
+    rows[0] = 0;
+    for (int i = 0; i < p->n_levels; i++) rows[1 << i] = p->desc.block_k >> i;
+}
+
+/* The rows that query block iq will read, roughly (ragged tails count in full); -1 if the map holds an invalid level. */
+static int64_t psa__block_cost(const psa_plan *p, const int rows[256], const uint8_t *level, int64_t iq)
+{
+    int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq), cost = 0;
+    if (!level) return n * p->desc.block_k;
+    for (int64_t j = 0; j < p->nk; j++) {
+        if (rows[level[j]] < 0) return -1;
+        if (j < n) cost += j < whole ? rows[level[j]] : p->desc.block_k;
+    }
+    return cost;
+}
+
+/* The query blocks of thread ith: contiguous, about equal in rows read. Every thread comes to the same cuts by itself.
+ * Checks the whole level map on the way. */
+static psa_result psa__attend_share(const psa_plan *p, const uint8_t *levels, int ith, int nth, int64_t *begin,
+                                    int64_t *end)
+{
+    int64_t tasks = p->B * p->Hq * p->nq, total = 0, done = 0;
+    int rows[256];
+    psa__rows_of_levels(p, rows);
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t cost = psa__block_cost(p, rows, levels ? levels + task * p->nk : NULL, task % p->nq);
+        if (cost < 0) {
+            return psa__fail(&p->desc, PSA_ERR_LEVEL_MAP,
+                             "level map: an entry of query block %lld is neither 0 nor a power of two up to %d",
+                             (long long)task, 1 << (p->n_levels - 1));
+        }
+        total += cost + p->desc.block_k;
+    }
+    *begin = *end = ith == 0 ? 0 : tasks;
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t cost = psa__block_cost(p, rows, levels ? levels + task * p->nk : NULL, task % p->nq) + p->desc.block_k;
+        int owner = (int)((double)(2 * done + cost) * nth / (double)(2 * total));
+        if (owner == ith && *begin == tasks) *begin = task;
+        if (owner <= ith) *end = task + 1;
+        done += cost;
+    }
+    *begin = psa__min(*begin, *end);
+    return PSA_OK;
+}
+
+PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *k, const void *v, const uint8_t *levels,
+                               void *work, void *out, float *lse, int ith, int nth)
+{
+    psa_result r = psa__check_stage(plan, work, ith, nth);
+    int64_t begin, end;
+    unsigned mode;
+    psa__stream st;
+    if (r != PSA_OK) return r;
+    if (!q || !k || !v || !out) return psa__fail(&plan->desc, PSA_ERR_NULL, "q, k, v and out must not be NULL");
+    if (plan->Dv == 0 || plan->out.ne[0] == 0) {
+        return psa__fail(&plan->desc, PSA_ERR_NULL, "the plan was made without v or out");
+    }
+    if ((r = psa__attend_share(plan, levels, ith, nth, &begin, &end)) != PSA_OK) return r;
+    memset(&st, 0, sizeof st);
+    st.p = plan;
+    st.k = k;
+    st.v = v;
+    st.base = psa__align(work);
+    st.w = psa__scratch_of(plan, work, ith);
+    mode = plan->leaves->denormals_off();
+    for (int64_t task = begin; task < end; task++) {
+        int64_t head = task / plan->nq, h = head % plan->Hq;
+        st.iq = task % plan->nq;
+        st.b = head / plan->Hq;
+        st.hkv = h / (plan->Hq / plan->Hkv);
+        psa__attend_block(&st, q, levels ? levels + task * plan->nk : NULL, h, out, lse);
+        ((int64_t *)(void *)(psa__align(work) + plan->at_rows))[task] = st.rows;
+    }
+    plan->leaves->denormals_restore(mode);
+    return PSA_OK;
+}
+
+PSA__DEF int64_t psa_mul_adds(const psa_plan *plan, const void *work)
+{
+    const int64_t *rows = (const int64_t *)(const void *)(psa__align_const(work) + plan->at_rows);
+    int64_t tasks = plan->B * plan->Hq * plan->nq, sum = 0;
+    for (int64_t task = 0; task < tasks; task++) sum += rows[task] * psa__block_q_rows(plan, task % plan->nq);
+    return sum * (plan->D + plan->Dv);
+}
+
+/* Weight of a partial result whose denominator is exp(lse) in a sum whose largest one is exp(top). */
+static double psa__merge_weight(float lse, float top)
+{
+    return lse == top ? 1.0 : exp((double)lse - (double)top);
+}
+
+static void psa__merge_row(const psa_tensor *out, char *to, float *lse, const psa_tensor *part, const char *from,
+                           float part_lse)
+{
+    float a[PSA_MAX_D], b[PSA_MAX_D], top = *lse > part_lse || *lse != *lse ? *lse : part_lse;
+    double wa, wb;
+    if (top == -INFINITY) return;
+    wa = psa__merge_weight(*lse, top);
+    wb = psa__merge_weight(part_lse, top);
+    psa__to_f32(a, to, out->type, out->ne[0]);
+    psa__to_f32(b, from, part->type, out->ne[0]);
+    for (int64_t x = 0; x < out->ne[0]; x++) {
+        double sum = (wa != 0 ? wa * a[x] : 0) + (wb != 0 ? wb * b[x] : 0);
+        a[x] = (float)(sum / (wa + wb));
+    }
+    psa__from_f32(to, out->type, a, out->ne[0]);
+    *lse = (float)(top + log(wa + wb));
+}
+
+PSA__DEF psa_result psa_merge(const psa_tensor *out, float *lse, const psa_tensor *part, const float *part_lse, int ith,
+                              int nth)
+{
+    static const psa_order in_place = {NULL, 0, 0};
+    int64_t begin, end;
+    psa_result r;
+    if (!out || !lse || !part || !part_lse || !out->data || !part->data) return PSA_ERR_NULL;
+    if (ith < 0 || ith >= nth) return PSA_ERR_THREADS;
+    if ((r = psa__check_tensor(NULL, out, "out")) != PSA_OK) return r;
+    if ((r = psa__check_output(NULL, out, "out")) != PSA_OK) return r;
+    if ((r = psa__check_tensor(NULL, part, "part")) != PSA_OK) return r;
+    if ((r = psa__check_head_dim(NULL, "out", out->ne[0])) != PSA_OK) return r;
+    for (int i = 0; i < 4; i++) {
+        if (out->ne[i] != part->ne[i]) return PSA_ERR_SHAPE;
+    }
+    psa__share(out->ne[1] * out->ne[2] * out->ne[3], ith, nth, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        int64_t i = row % out->ne[1], head = row / out->ne[1], h = head % out->ne[2], b = head / out->ne[2];
+        char *to = (char *)out->data + (size_t)b * out->nb[3] + (size_t)h * out->nb[2] + (size_t)i * out->nb[1];
+        psa__merge_row(out, to, lse + row, part, psa__row(part, &in_place, part->data, b, h, i), part_lse[row]);
+    }
+    return PSA_OK;
+}
+
+/* ================================================================================================================= */
+/* >>order                                                                                                           */
+/* ================================================================================================================= */
+
+static int psa__grid_ok(int t, int h, int w)
+{
+    return t >= 1 && h >= 1 && w >= 1 && (int64_t)t * h <= INT32_MAX && (int64_t)t * h * w <= INT32_MAX;
+}
+
+typedef struct psa__vec {
+    int x[3]; /* w, h, t */
+} psa__vec;
+
+/* a + i * b */
+static psa__vec psa__vec_add(psa__vec a, int i, psa__vec b)
+{
+    for (int k = 0; k < 3; k++) a.x[k] += i * b.x[k];
+    return a;
+}
+
+static int psa__vec_sum(psa__vec a) { return a.x[0] + a.x[1] + a.x[2]; }
+
+static psa__vec psa__vec_sign(psa__vec a)
+{
+    for (int k = 0; k < 3; k++) a.x[k] = (a.x[k] > 0) - (a.x[k] < 0);
+    return a;
+}
+
+/* Half of a, rounded down (for negatives too), made even in length where a is long enough. */
+static psa__vec psa__vec_half(psa__vec a)
+{
+    psa__vec half = a;
+    for (int k = 0; k < 3; k++) half.x[k] = (a.x[k] - (a.x[k] < 0 && a.x[k] % 2 != 0)) / 2;
+    if (psa__vec_sum(half) % 2 != 0 && abs(psa__vec_sum(a)) > 2) half = psa__vec_add(half, 1, psa__vec_sign(a));
+    return half;
+}
+
+typedef struct psa__curve {
+    int h, w;
+    int32_t *next;
+} psa__curve;
+
+/* Walks the box at p spanned by a (the main direction), b and c, from corner to corner along a. Recursion depth is about
+ * 2 log2 of the longest side. Source: Cerveny, generalized Hilbert ("Gilbert") space-filling curve for 3-D boxes. */
+static void psa__gilbert(psa__curve *out, psa__vec p, psa__vec a, psa__vec b, psa__vec c)
+{
+    int w = abs(psa__vec_sum(a)), h = abs(psa__vec_sum(b)), d = abs(psa__vec_sum(c));
+    psa__vec da = psa__vec_sign(a), db = psa__vec_sign(b), dc = psa__vec_sign(c), zero = {{0, 0, 0}};
+    psa__vec a2 = psa__vec_half(a), b2 = psa__vec_half(b), c2 = psa__vec_half(c);
+    psa__vec a1 = psa__vec_add(a, -1, a2), b1 = psa__vec_add(b, -1, b2), c1 = psa__vec_add(c, -1, c2);
+    psa__vec end = psa__vec_add(psa__vec_add(p, 1, a), -1, da); /* last cell along a */
+    if ((w == 1) + (h == 1) + (d == 1) >= 2) {
+        psa__vec step = h == 1 && d == 1 ? da : w == 1 && d == 1 ? db : dc;
+        for (int i = 0; i < w * h * d; i++, p = psa__vec_add(p, 1, step)) {
+            *out->next++ = (p.x[2] * out->h + p.x[1]) * out->w + p.x[0];
+        }
+    } else if (2 * w > 3 * h && 2 * w > 3 * d) { /* long: split along a only */
+        psa__gilbert(out, p, a2, b, c);
+        psa__gilbert(out, psa__vec_add(p, 1, a2), a1, b, c);
+    } else if (3 * h > 4 * d) { /* flat: do not split c */
+        psa__gilbert(out, p, b2, c, a2);
+        psa__gilbert(out, psa__vec_add(p, 1, b2), a, b1, c);
+        psa__gilbert(out, psa__vec_add(psa__vec_add(end, 1, b2), -1, db), psa__vec_add(zero, -1, b2), c,
+                     psa__vec_add(zero, -1, a1));
+    } else if (3 * d > 4 * h) { /* deep: do not split b */
+        psa__gilbert(out, p, c2, a2, b);
+        psa__gilbert(out, psa__vec_add(p, 1, c2), a, b, c1);
+        psa__gilbert(out, psa__vec_add(psa__vec_add(end, 1, c2), -1, dc), psa__vec_add(zero, -1, c2),
+                     psa__vec_add(zero, -1, a1), b);
+    } else {
+        psa__vec deep = psa__vec_add(psa__vec_add(p, 1, c), -1, dc), up = psa__vec_add(psa__vec_add(zero, 1, b2), -1, db);
+        psa__vec end_deep = psa__vec_add(psa__vec_add(end, 1, c), -1, dc);
+        psa__gilbert(out, p, b2, c2, a2);
+        psa__gilbert(out, psa__vec_add(p, 1, b2), c, a2, b1);
+        psa__gilbert(out, psa__vec_add(deep, 1, up), a, psa__vec_add(zero, -1, b2), psa__vec_add(zero, -1, c1));
+        psa__gilbert(out, psa__vec_add(end_deep, 1, b2), psa__vec_add(zero, -1, c), psa__vec_add(zero, -1, a1), b1);
+        psa__gilbert(out, psa__vec_add(end, 1, up), psa__vec_add(zero, -1, b2), c2, psa__vec_add(zero, -1, a1));
+    }
+}
+
+PSA__DEF psa_result psa_order_gilbert(int t, int h, int w, int32_t *index)
+{
+    psa__vec origin = {{0, 0, 0}}, x = {{0, 0, 0}}, y = {{0, 0, 0}}, z = {{0, 0, 0}};
+    psa__curve out;
+    if (!index) return PSA_ERR_NULL;
+    if (!psa__grid_ok(t, h, w)) return PSA_ERR_GRID;
+    x.x[0] = w;
+    y.x[1] = h;
+    z.x[2] = t;
+    out.h = h;
+    out.w = w;
+    out.next = index;
+    if (w >= h && w >= t) psa__gilbert(&out, origin, x, y, z);
+    else if (h >= w && h >= t) psa__gilbert(&out, origin, y, x, z);
+    else psa__gilbert(&out, origin, z, x, y);
+    return PSA_OK;
+}
+
+/* One tile of the grid, in raster order. */
+static int32_t *psa__order_tile(int32_t *next, const int begin[3], const int end[3], int h, int w)
+{
+    for (int t = begin[0]; t < end[0]; t++) {
+        for (int y = begin[1]; y < end[1]; y++) {
+            for (int x = begin[2]; x < end[2]; x++) *next++ = (t * h + y) * w + x;
+        }
+    }
+    return next;
+}
+
+PSA__DEF psa_result psa_order_tile(int t, int h, int w, int tile_t, int tile_h, int tile_w, int32_t *index)
+{
+    if (!index) return PSA_ERR_NULL;
+    if (!psa__grid_ok(t, h, w) || tile_t < 1 || tile_h < 1 || tile_w < 1) return PSA_ERR_GRID;
+    tile_t = (int)psa__min(tile_t, t);
+    tile_h = (int)psa__min(tile_h, h);
+    tile_w = (int)psa__min(tile_w, w);
+    for (int a = 0; a < t; a += tile_t) {
+        for (int b = 0; b < h; b += tile_h) {
+            for (int c = 0; c < w; c += tile_w) {
+                int begin[3], end[3];
+                begin[0] = a;
+                begin[1] = b;
+                begin[2] = c;
+                end[0] = (int)psa__min((int64_t)a + tile_t, t);
+                end[1] = (int)psa__min((int64_t)b + tile_h, h);
+                end[2] = (int)psa__min((int64_t)c + tile_w, w);
+                index = psa__order_tile(index, begin, end, h, w);
+            }
+        }
+    }
+    return PSA_OK;
+}
+
+PSA__DEF void psa_order_embed(int32_t *index, int64_t n_prefix, int64_t n_video, int64_t n_suffix)
+{
+    int64_t n = n_prefix + n_video + n_suffix;
+    for (int64_t i = 0; i < n_prefix; i++) index[i] = (int32_t)i;
+    for (int64_t i = 0; i < n_video; i++) index[n_prefix + i] += (int32_t)n_prefix;
+    for (int64_t i = n_prefix + n_video; i < n; i++) index[i] = (int32_t)i;
+}
+
+/* Scratch of one thread of the k-means: the tokens' clusters, cluster sums and sizes, and one row. */
+typedef struct psa__kmeans {
+    const psa_tensor *x;
+    int64_t b, h, first, n; /* the head, and the tokens that take part */
+    int clusters;
+    float *centroid;        /* [clusters][D] */
+    int32_t *label;         /* [n] */
+    float *sum, *half_norm; /* [clusters][D], [clusters] */
+    int64_t *size;          /* [clusters] */
+    float *row;             /* [D] */
+} psa__kmeans;
+
+static size_t psa__kmeans_layout(const psa_tensor *x, int clusters, char *base, psa__kmeans *w)
+{
+    size_t at = 0, c = (size_t)clusters, d = (size_t)x->ne[0];
+    uintptr_t b = (uintptr_t)base;
+    size_t label = psa__take(&at, (size_t)x->ne[1], sizeof(int32_t)), sum = psa__take(&at, psa__mul(c, d), sizeof(float));
+    size_t half = psa__take(&at, c, sizeof(float)), size = psa__take(&at, c, sizeof(int64_t));
+    size_t row = psa__take(&at, d, sizeof(float));
+    if (w) {
+        w->label = (int32_t *)(b + label);
+        w->sum = (float *)(b + sum);
+        w->half_norm = (float *)(b + half);
+        w->size = (int64_t *)(b + size);
+        w->row = (float *)(b + row);
+    }
+    return at;
+}
+
+PSA__DEF size_t psa_order_semantic_work_size(const psa_tensor *x, int n_clusters, int nth)
+{
+    size_t size;
+    if (!x || n_clusters < 1 || nth < 1 || psa__check_tensor(NULL, x, "x") != PSA_OK) return 0;
+    size = psa__add(psa__mul(psa__kmeans_layout(x, n_clusters, NULL, NULL), (size_t)nth), 63);
+    return size > SIZE_MAX / 2 ? 0 : size;
+}
+
+static const float *psa__kmeans_row(psa__kmeans *w, int64_t i)
+{
+    static const psa_order in_place = {NULL, 0, 0};
+    psa__to_f32(w->row, psa__row(w->x, &in_place, w->x->data, w->b, w->h, w->first + i), w->x->type, w->x->ne[0]);
+    return w->row;
+}
+
+/* Labels every token with its nearest centroid (ties: the lower one) and collects sums and sizes. */
+static void psa__kmeans_assign(const psa__leaves *f, psa__kmeans *w)
+{
+    int64_t d = w->x->ne[0];
+    memset(w->sum, 0, (size_t)(w->clusters * d) * sizeof(float));
+    memset(w->size, 0, (size_t)w->clusters * sizeof(int64_t));
+    for (int c = 0; c < w->clusters; c++) {
+        w->half_norm[c] = 0.5f * f->dot(w->centroid + c * d, w->centroid + c * d, d);
+    }
+    for (int64_t i = 0; i < w->n; i++) {
+        const float *row = psa__kmeans_row(w, i);
+        float best = 0;
+        int label = -1;
+        for (int c = 0; c < w->clusters; c++) {
+            float closeness = f->dot(row, w->centroid + c * d, d) - w->half_norm[c];
+            if (label < 0 || closeness > best) {
+                best = closeness;
+                label = c;
+            }
+        }
+        w->label[i] = label;
+        w->size[label]++;
+        f->sum(w->sum + label * d, w->sum + label * d, row, d);
+    }
+}
+
+/* Centroids become means; an empty cluster stays where it is. */
+static void psa__kmeans_update(const psa__leaves *f, psa__kmeans *w)
+{
+    int64_t d = w->x->ne[0];
+    for (int c = 0; c < w->clusters; c++) {
+        if (w->size[c] == 0) continue;
+        memcpy(w->centroid + c * d, w->sum + c * d, (size_t)d * sizeof(float));
+        f->scale(w->centroid + c * d, 1.0f / (float)w->size[c], d);
+    }
+}
+
+/* Tokens by cluster, then by index; those outside [first, first + n) stay in place. */
+static void psa__kmeans_order(psa__kmeans *w, int32_t *index)
+{
+    int64_t start = w->first;
+    for (int64_t i = 0; i < w->x->ne[1]; i++) index[i] = (int32_t)i;
+    for (int c = 0; c < w->clusters; c++) {
+        int64_t size = w->size[c];
+        w->size[c] = start;
+        start += size;
+    }
+    for (int64_t i = 0; i < w->n; i++) index[w->size[w->label[i]]++] = (int32_t)(w->first + i);
+}
+
+PSA__DEF psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters, int n_iter,
+                                       float *centroids, int carried, int32_t *index, void *work, int ith, int nth)
+{
+    const psa__leaves *f = psa__leaves_of(PSA_ISA_AUTO);
+    psa__kmeans w;
+    int64_t begin, end, d;
+    psa_result r;
+    if (!x || !x->data || !centroids || !index || !work) return PSA_ERR_NULL;
+    if ((r = psa__check_tensor(NULL, x, "x")) != PSA_OK) return r;
+    if (n_prefix < 0 || n_suffix < 0 || n_prefix > x->ne[1] || n_suffix >= x->ne[1] - n_prefix) return PSA_ERR_PROTECT;
+    if (n_clusters < 1 || n_clusters > x->ne[1] - n_prefix - n_suffix || n_iter < 1) return PSA_ERR_ORDER;
+    if (ith < 0 || ith >= nth) return PSA_ERR_THREADS;
+    d = x->ne[0];
+    memset(&w, 0, sizeof w);
+    w.x = x;
+    w.first = n_prefix;
+    w.n = x->ne[1] - n_prefix - n_suffix;
+    w.clusters = n_clusters;
+    psa__kmeans_layout(x, n_clusters, psa__align(work) + (size_t)ith * psa__kmeans_layout(x, n_clusters, NULL, NULL), &w);
+    psa__share(x->ne[2] * x->ne[3], ith, nth, &begin, &end);
+    for (int64_t head = begin; head < end; head++) {
+        w.b = head / x->ne[2];
+        w.h = head % x->ne[2];
+        w.centroid = centroids + head * n_clusters * d;
+        for (int c = 0; !carried && c < n_clusters; c++) { /* start from tokens spread evenly over the sequence */
+            memcpy(w.centroid + c * d, psa__kmeans_row(&w, (2 * c + 1) * w.n / (2 * n_clusters)), (size_t)d * 4);
+        }
+        for (int i = 0; i < n_iter; i++) {
+            psa__kmeans_assign(f, &w);
+            psa__kmeans_update(f, &w);
+        }
+        psa__kmeans_order(&w, index + head * x->ne[1]);
+    }
+    return PSA_OK;
+}
+
+/* Copies rows from `in` to `out`; position p of one side is token order[p] of the other. */
+static psa_result psa__reorder(const psa_tensor *in, const psa_order *order, const psa_tensor *out, int back, int ith,
+                               int nth)
+{
+    static const psa_order in_place = {NULL, 0, 0};
+    const psa_order *from, *to;
+    int64_t begin, end;
+    psa_result r;
+    if (!in || !order || !out || !in->data || !out->data || !order->index) return PSA_ERR_NULL;
+    if (ith < 0 || ith >= nth) return PSA_ERR_THREADS;
+    if ((r = psa__check_tensor(NULL, in, "in")) != PSA_OK) return r;
+    if ((r = psa__check_tensor(NULL, out, "out")) != PSA_OK) return r;
+    if ((r = psa__check_output(NULL, out, "out")) != PSA_OK) return r;
+    if (in->type != out->type) return PSA_ERR_TYPE;
+    for (int i = 0; i < 4; i++) {
+        if (in->ne[i] != out->ne[i]) return PSA_ERR_SHAPE;
+    }
+    if ((r = psa__check_order(NULL, order, in, "order")) != PSA_OK) return r;
+    from = back ? &in_place : order;
+    to = back ? order : &in_place;
+    psa__share(in->ne[1] * in->ne[2] * in->ne[3], ith, nth, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        int64_t i = row % in->ne[1], head = row / in->ne[1], h = head % in->ne[2], b = head / in->ne[2];
+        char *base = (char *)out->data;
+        memcpy(base + (psa__row(out, to, base, b, h, i) - base), psa__row(in, from, in->data, b, h, i),
+               (size_t)in->ne[0] * in->nb[0]);
+    }
+    return PSA_OK;
+}
+
+PSA__DEF psa_result psa_permute(const psa_tensor *in, const psa_order *order, const psa_tensor *out, int ith, int nth)
+{
+    return psa__reorder(in, order, out, 0, ith, nth);
+}
+
+PSA__DEF psa_result psa_unpermute(const psa_tensor *in, const psa_order *order, const psa_tensor *out, int ith, int nth)
+{
+    return psa__reorder(in, order, out, 1, ith, nth);
+}
+
+/* ================================================================================================================= */
+/* >>threads                                                                                                         */
+/* ================================================================================================================= */
+
+#ifndef PSA_NO_THREADS
+
+typedef struct psa__thread {
+    psa_task_fn *task;
+    void *ctx;
+    int ith, nth;
+} psa__thread;
+
+#ifdef _WIN32
+typedef HANDLE psa__handle;
+
+static DWORD WINAPI psa__thread_main(LPVOID arg)
+{
+    psa__thread *t = (psa__thread *)arg;
+    t->task(t->ctx, t->ith, t->nth);
+    return 0;
+}
+
+static int psa__thread_start(psa__handle *h, psa__thread *t)
+{
+    *h = CreateThread(NULL, 0, psa__thread_main, t, 0, NULL);
+    return *h != NULL;
+}
+
+static void psa__thread_join(psa__handle h)
+{
+    WaitForSingleObject(h, INFINITE);
+    CloseHandle(h);
+}
+#else
+typedef pthread_t psa__handle;
+
+static void *psa__thread_main(void *arg)
+{
+    psa__thread *t = (psa__thread *)arg;
+    t->task(t->ctx, t->ith, t->nth);
+    return NULL;
+}
+
+static int psa__thread_start(psa__handle *h, psa__thread *t)
+{
+    return pthread_create(h, NULL, psa__thread_main, t) == 0;
+}
+
+static void psa__thread_join(psa__handle h) { pthread_join(h, NULL); }
+#endif
+
+/* Up to 64 threads at a time: the caller's and new ones. A part whose thread cannot be had runs on the caller's. */
+static void psa__run_threads(int nth, psa_task_fn *task, void *ctx)
+{
+    enum { BATCH = 64 };
+    for (int first = 0; first < nth; first += BATCH) {
+        psa__handle handle[BATCH];
+        psa__thread thread[BATCH];
+        int started[BATCH], n = (int)psa__min(BATCH, nth - first);
+        for (int i = 1; i < n; i++) {
+            thread[i].task = task;
+            thread[i].ctx = ctx;
+            thread[i].ith = first + i;
+            thread[i].nth = nth;
+            started[i] = psa__thread_start(&handle[i], &thread[i]);
+        }
+        task(ctx, first, nth);
+        for (int i = 1; i < n; i++) {
+            if (started[i]) psa__thread_join(handle[i]);
+            else task(ctx, first + i, nth);
+        }
+    }
+}
+#endif
+
+static void psa__parallel(const psa_plan *p, psa_task_fn *task, void *ctx)
+{
+    int nth = p->desc.n_threads;
+    if (p->desc.parallel_fn) {
+        p->desc.parallel_fn(p->desc.parallel_user, nth, task, ctx);
+        return;
+    }
+#ifndef PSA_NO_THREADS
+    psa__run_threads(nth, task, ctx);
+#else
+    for (int ith = 0; ith < nth; ith++) task(ctx, ith, nth);
+#endif
+}
+
+/* ---- the one call ---- */
+
+typedef struct psa__call {
+    const psa_plan *plan;
+    const void *q, *k, *v;
+    void *out, *work;
+    float *lse, *scores;
+    uint8_t *levels;
+} psa__call;
+
+static void psa__call_pool(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    psa_pool(c->plan, c->k, c->v, c->work, ith, nth);
+}
+
+/* psa_score and psa_mask in one pass, so that only one row of scores per thread is ever held. */
+static void psa__call_levels(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    const psa_plan *p = c->plan;
+    psa__scratch w = psa__scratch_of(p, c->work, ith);
+    unsigned mode = p->leaves->denormals_off();
+    int64_t begin, end;
+    psa__share(p->B * p->Hq * p->nq, ith, nth, &begin, &end);
+    for (int64_t task = begin; task < end; task++) {
+        int64_t iq = task % p->nq, head = task / p->nq, b = head / p->Hq, h = head % p->Hq;
+        float *row = c->scores ? c->scores + task * p->nk : w.score;
+        psa__score_row(p, c->q, c->k, psa__align(c->work), b, h, iq, &w, row);
+        psa__mask_row(p, row, psa__cap_of(p, c->work, b, h), iq, &w, c->levels + task * p->nk);
+    }
+    p->leaves->denormals_restore(mode);
+}
+
+static void psa__call_attend(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    psa_attend(c->plan, c->q, c->k, c->v, c->levels, c->work, c->out, c->lse, ith, nth);
+}
+
+static void *psa__default_alloc(void *user, size_t size)
+{
+    (void)user;
+    return malloc(size);
+}
+
+static void psa__default_free(void *user, void *ptr)
+{
+    (void)user;
+    free(ptr);
+}
+
+/* The caller's own map, before anything is computed from it. */
+static psa_result psa__check_levels(const psa_plan *p, const uint8_t *levels)
+{
+    int64_t begin, end;
+    return psa__attend_share(p, levels, 0, 1, &begin, &end);
+}
+
+PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
+                                  const psa_tensor *out, psa_extra *extra)
+{
+    psa_alloc_fn *alloc_fn = desc && desc->alloc_fn ? desc->alloc_fn : psa__default_alloc;
+    psa_free_fn *free_fn = desc && desc->alloc_fn ? desc->free_fn : psa__default_free;
+    uint8_t *own_levels = NULL;
+    psa__call c;
+    psa_plan plan;
+    psa_result r;
+    int dense;
+    if (!v || !out) return psa__fail(desc, PSA_ERR_NULL, "v and out must not be NULL");
+    if ((r = psa_plan_init(&plan, desc, q, k, v, out)) != PSA_OK) return r;
+    if (!q->data || !k->data || !v->data || !out->data) return psa__fail(desc, PSA_ERR_NULL, "a tensor has no data");
+    dense = plan.desc.mask == PSA_MASK_DENSE;
+    memset(&c, 0, sizeof c);
+    c.plan = &plan;
+    c.q = q->data;
+    c.k = k->data;
+    c.v = v->data;
+    c.out = out->data;
+    if (extra) {
+        c.lse = extra->lse;
+        c.scores = extra->scores;
+        c.levels = extra->levels;
+        if (extra->levels_given && !c.levels) return psa__fail(desc, PSA_ERR_NULL, "levels_given without levels");
+        if (extra->levels_given && (r = psa__check_levels(&plan, c.levels)) != PSA_OK) return r;
+    }
+    c.work = alloc_fn(desc->alloc_user, plan.work_size);
+    if (c.work && !c.levels && !dense) c.levels = own_levels = (uint8_t *)alloc_fn(desc->alloc_user, psa_map_size(&plan));
+    if (!c.work || (!c.levels && !dense)) {
+        if (c.work) free_fn(desc->alloc_user, c.work);
+        return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace",
+                         (unsigned long long)plan.work_size);
+    }
+    if (!dense) psa__parallel(&plan, psa__call_pool, &c);
+    if (!dense && !(extra && extra->levels_given)) psa__parallel(&plan, psa__call_levels, &c);
+    if (dense && c.levels && !extra->levels_given) psa_mask(&plan, NULL, c.work, c.levels, 0, 1);
+    psa__parallel(&plan, psa__call_attend, &c);
+    if (extra) {
+        psa_stats_from_levels(&plan, c.levels, -1, -1, &extra->stats);
+        extra->stats.mul_adds = psa_mul_adds(&plan, c.work);
+    }
+    if (own_levels) free_fn(desc->alloc_user, own_levels);
+    free_fn(desc->alloc_user, c.work);
+    return PSA_OK;
+}
+
+/* ================================================================================================================= */
+/* >>stats                                                                                                           */
+/* ================================================================================================================= */
+
+static void psa__stats_row(const psa_plan *p, const uint8_t *level, int64_t iq, psa_stats *s)
+{
+    int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq);
+    int64_t each = psa__block_q_rows(p, iq) * (p->D + p->Dv);
+    for (int64_t j = 0; j < n; j++) {
+        int factor = !level || j >= whole ? 1 : level[j], i = psa__log2(factor);
+        s->pairs++;
+        s->dense_mul_adds += psa__block_k_rows(p, j) * each;
+        s->level_blocks[factor ? i + 1 : 0]++;
+        if (factor == 0) continue;
+        s->density += 1.0 / factor;
+        s->mul_adds += psa__level_rows(p, j, i) * each;
+    }
+}
+
+PSA__DEF psa_result psa_stats_from_levels(const psa_plan *plan, const uint8_t *levels, int64_t b, int64_t h,
+                                          psa_stats *stats)
+{
+    psa_stats s;
+    int rows[256];
+    if (!plan || !stats) return PSA_ERR_NULL;
+    if (b < -1 || b >= plan->B || h < -1 || h >= plan->Hq) return PSA_ERR_SHAPE;
+    memset(&s, 0, sizeof s);
+    psa__rows_of_levels(plan, rows);
+    for (int64_t task = 0; task < plan->B * plan->Hq * plan->nq; task++) {
+        int64_t head = task / plan->nq;
+        const uint8_t *level = levels ? levels + task * plan->nk : NULL;
+        if ((b >= 0 && head / plan->Hq != b) || (h >= 0 && head % plan->Hq != h)) continue;
+        if (psa__block_cost(plan, rows, level, task % plan->nq) < 0) return PSA_ERR_LEVEL_MAP;
+        psa__stats_row(plan, level, task % plan->nq, &s);
+    }
+    if (s.pairs) s.density /= (double)s.pairs;
+    s.sparsity = 1.0 - s.density;
+    *stats = s;
+    return PSA_OK;
+}
+
+/* ================================================================================================================= */
+/* >>presets                                                                                                         */
+/* ================================================================================================================= */
+
+/* Source: the official repository's settings. Grids: Wan's video autoencoder takes 4 frames and 8x8 pixels (2.2-5b:
+ * 16x16) to a latent, CogVideoX's 4 frames and 8x8; both pool 2x2 latents to a token, CogVideoX 1.5 two in time too. */
+typedef struct psa__preset {
+    psa_preset info;
+    int block_k;
+    psa_mask_kind mask;
+    double level_end[4];
+    double min_full;
+    int n_sim_min;
+    double sim_min[3];
+} psa__preset;
+
+static const psa__preset psa__presets[] = {
+    {{"wan2.1-14b", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 16}, 128, PSA_MASK_THRESHOLD, {.4, .5, .6, .8}, .06, 0, {0, 0, 0}},
+    {{"wan2.1-1.3b", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 16},
+     128,
+     PSA_MASK_THRESHOLD,
+     {.5, .6, .7, .8},
+     .06,
+     3,
+     {.7, .65, .6}},
+    {{"wan2.1-1.3b-topk", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 16}, 32, PSA_MASK_TOPK, {.05, .1, .15, .25}, 0, 0, {0, 0, 0}},
+    {{"wan2.2-a14b", PSA_ORDER_GILBERT, 12, 0, 0, 4, 1, 16}, 32, PSA_MASK_THRESHOLD, {.5, .6, .6, .8}, .06, 0, {0, 0, 0}},
+    {{"wan2.2-5b", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 32}, 32, PSA_MASK_THRESHOLD, {.6, .7, .7, .8}, .06, 0, {0, 0, 0}},
+    {{"cogvideox1.5-5b", PSA_ORDER_GILBERT, 15, 0, 226, 4, 2, 16}, 32, PSA_MASK_TOPK, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
+    {{"cogvideox-5b", PSA_ORDER_NONE, 15, 0, 226, 4, 1, 16}, 128, PSA_MASK_TOPK, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
+    {{"cogvideox-5b-4step", PSA_ORDER_NONE, 0, 0, 226, 4, 1, 16}, 128, PSA_MASK_TOPK, {.05, .15, .25, .5}, 0, 0, {0, 0, 0}},
+    {{"qwen2.5-vl", PSA_ORDER_NONE, 0, 0, 0, 0, 0, 0}, 128, PSA_MASK_THRESHOLD, {.7, .8, .9, .9}, 0, 3, {.75, .7, .7}},
+    {{"default", PSA_ORDER_NONE, 0, 0, 0, 0, 0, 0}, 64, PSA_MASK_TOPK, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
+    {{"paper-25", PSA_ORDER_GILBERT, 0, .25, 0, 0, 0, 0}, 64, PSA_MASK_TOPK, {.15, .25, .45, 0}, 0, 0, {0, 0, 0}},
+};
+
+PSA__DEF const char *psa_preset_name(int i)
+{
+    return i >= 0 && i < (int)(sizeof psa__presets / sizeof *psa__presets) ? psa__presets[i].info.name : NULL;
+}
+
+static const psa__preset *psa__preset_find(const char *name)
+{
+    for (int i = 0; name && psa_preset_name(i); i++) {
+        if (strcmp(name, psa_preset_name(i)) == 0) return &psa__presets[i];
+    }
+    return NULL;
+}
+
+PSA__DEF const psa_preset *psa_preset_find(const char *name)
+{
+    const psa__preset *p = psa__preset_find(name);
+    return p ? &p->info : NULL;
+}
+
+PSA__DEF psa_result psa_desc_preset(const char *name, psa_desc *desc)
+{
+    const psa__preset *p = psa__preset_find(name);
+    if (!desc) return PSA_ERR_NULL;
+    if (!p) return PSA_ERR_PRESET;
+    memset(desc, 0, sizeof *desc);
+    desc->block_q = 128;
+    desc->block_k = p->block_k;
+    desc->mask = p->mask;
+    memcpy(desc->level_end, p->level_end, sizeof p->level_end);
+    desc->min_full = p->min_full;
+    desc->n_sim_min = p->n_sim_min;
+    memcpy(desc->sim_min, p->sim_min, sizeof p->sim_min);
+    desc->n_prefix = p->info.n_text;
+    if (strcmp(name, "qwen2.5-vl") == 0) {
+        desc->causal = desc->inclusive = desc->sink = desc->diagonal = 1;
+        desc->score = PSA_SCORE_ANTIDIAGONAL;
+        desc->stride = 8;
+        desc->n_suffix = 512;
+    }
+    return PSA_OK;
+}
+
+PSA__DEF psa_result psa_preset_grid(const psa_preset *preset, int frames, int height, int width, int grid[3])
+{
+    int latent;
+    if (!preset || !grid) return PSA_ERR_NULL;
+    if (preset->frame_step == 0 || frames < 1 || height < preset->patch_hw || width < preset->patch_hw) return PSA_ERR_GRID;
+    latent = (frames - 1) / preset->frame_step + 1; /* the first frame stands alone */
+    grid[0] = (latent + preset->patch_t - 1) / preset->patch_t;
+    grid[1] = height / preset->patch_hw;
+    grid[2] = width / preset->patch_hw;
+    return PSA_OK;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#define PSA_IMPLEMENTATION_DONE
+#endif /* !PSA__PASS */
+#endif /* PSA_IMPLEMENTATION */
+
+/* MIT licence
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+ * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+ * persons to whom the Software is furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+ * Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+ * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */

@@ -1,0 +1,502 @@
+/* oracle.c - the definition, loop by loop. Slow and obvious on purpose. */
+#include "oracle.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static double *zeros(int64_t n) {
+    double *x = (double *)calloc((size_t)(n > 0 ? n : 1), sizeof *x);
+    if (!x)
+        abort();
+    return x;
+}
+
+static double dot(const double *a, const double *b, int64_t n) {
+    double s = 0;
+    for (int64_t i = 0; i < n; i++)
+        s += a[i] * b[i];
+    return s;
+}
+
+/* ---- shapes, defaults, causality ---------------------------------------------------------------------------------- */
+
+static void default_levels(psa_desc *desc) {
+    static const double topk[] = {.1, .15, .15, .35}, threshold[] = {.4, .5, .6, .8};
+    for (int i = 0; i < PSA_MAX_LEVELS; i++)
+        if (desc->level_end[i] != 0 || desc->level_count[i] != 0)
+            return;
+    memcpy(desc->level_end, desc->mask == PSA_MASK_THRESHOLD ? threshold : topk, sizeof topk);
+}
+
+void oracle_init(oracle *o, const psa_desc *desc, int64_t B, int64_t Hq, int64_t Hkv, int64_t Nq, int64_t Nk, int64_t D,
+                 int64_t Dv, const double *q, const double *k, const double *v) {
+    memset(o, 0, sizeof *o);
+    o->desc = *desc;
+    o->B = B, o->Hq = Hq, o->Hkv = Hkv, o->Nq = Nq, o->Nk = Nk, o->D = D, o->Dv = Dv;
+    o->q = q, o->k = k, o->v = v;
+    if (!o->desc.block_q)
+        o->desc.block_q = 128;
+    if (!o->desc.block_k)
+        o->desc.block_k = 64;
+    if (!o->desc.stride)
+        o->desc.stride = 8;
+    default_levels(&o->desc);
+    o->scale = desc->scale != 0 ? (double)desc->scale : 1 / sqrt((double)D);
+    o->nq = (Nq + o->desc.block_q - 1) / o->desc.block_q;
+    o->nk = (Nk + o->desc.block_k - 1) / o->desc.block_k;
+    o->off = desc->causal ? Nk - Nq : 0;
+}
+
+typedef struct range {
+    int64_t begin, end;
+} range;
+
+static range rows_of(const oracle *o, int64_t I) {
+    range r = {I * o->desc.block_q, least((I + 1) * o->desc.block_q, o->Nq)};
+    return r;
+}
+
+static range keys_of(const oracle *o, int64_t J) {
+    range r = {J * o->desc.block_k, least((J + 1) * o->desc.block_k, o->Nk)};
+    return r;
+}
+
+static int sees(const oracle *o, int64_t i, int64_t j) { return !o->desc.causal || j <= i + o->off; }
+
+visibility oracle_pair(const oracle *o, int64_t I, int64_t J) {
+    range r = rows_of(o, I), c = keys_of(o, J);
+    int some = sees(o, r.end - 1, c.begin), all = sees(o, r.begin, c.end - 1);
+    return all ? VISIBLE : some ? STRADDLES : HIDDEN;
+}
+
+int64_t oracle_map_size(const oracle *o) { return o->B * o->Hq * o->nq * o->nk; }
+
+static int64_t pair_at(const oracle *o, int64_t b, int64_t h, int64_t I, int64_t J) {
+    return ((b * o->Hq + h) * o->nq + I) * o->nk + J;
+}
+
+int oracle_level(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, int64_t I, int64_t J) {
+    visibility seen = oracle_pair(o, I, J);
+    if (seen != VISIBLE)
+        return seen == STRADDLES;
+    return levels ? levels[pair_at(o, b, h, I, J)] : 1;
+}
+
+static int64_t kv_head(const oracle *o, int64_t h) { return h / (o->Hq / o->Hkv); }
+static const double *q_row(const oracle *o, int64_t b, int64_t h, int64_t i) { return o->q + ((b * o->Hq + h) * o->Nq + i) * o->D; }
+static const double *k_row(const oracle *o, int64_t b, int64_t h, int64_t j) {
+    return o->k + ((b * o->Hkv + kv_head(o, h)) * o->Nk + j) * o->D;
+}
+static const double *v_row(const oracle *o, int64_t b, int64_t h, int64_t j) {
+    return o->v + ((b * o->Hkv + kv_head(o, h)) * o->Nk + j) * o->Dv;
+}
+
+/* ---- attention -------------------------------------------------------------------------------------------------------- */
+
+/* The pooled tokens one query block reads. */
+typedef struct stream {
+    double *k, *v, *bias;
+    int64_t *last; /* last key that a pooled token covers */
+    int64_t n;
+} stream;
+
+static void stream_append(const oracle *o, stream *s, int64_t b, int64_t h, range c) {
+    double n = (double)(c.end - c.begin), *k = s->k + s->n * o->D, *v = s->v + s->n * o->Dv;
+    memset(k, 0, (size_t)o->D * sizeof *k);
+    memset(v, 0, (size_t)o->Dv * sizeof *v);
+    for (int64_t j = c.begin; j < c.end; j++) {
+        const double *kj = k_row(o, b, h, j), *vj = v_row(o, b, h, j);
+        for (int64_t d = 0; d < o->D; d++)
+            k[d] += kj[d] / n;
+        for (int64_t d = 0; d < o->Dv; d++)
+            v[d] += vj[d] / n;
+    }
+    s->bias[s->n] = log(n);
+    s->last[s->n++] = c.end - 1;
+}
+
+static void stream_build(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, int64_t I, stream *s) {
+    s->n = 0;
+    for (int64_t J = 0; J < o->nk; J++) {
+        int64_t L = oracle_level(o, levels, b, h, I, J);
+        range keys = keys_of(o, J);
+        for (int64_t t = keys.begin; L > 0 && t < keys.end; t += L) {
+            range group = {t, least(t + L, keys.end)};
+            stream_append(o, s, b, h, group);
+        }
+    }
+}
+
+static double attend_row(const oracle *o, const stream *s, const double *q, int64_t i, double *logit, double *out) {
+    double top = -INFINITY, sum = 0;
+    memset(out, 0, (size_t)o->Dv * sizeof *out);
+    for (int64_t t = 0; t < s->n; t++) {
+        logit[t] = sees(o, i, s->last[t]) ? o->scale * dot(q, s->k + t * o->D, o->D) + s->bias[t] : -INFINITY;
+        if (!(logit[t] <= top))
+            top = logit[t];
+    }
+    if (top == -INFINITY)
+        return -INFINITY;
+    for (int64_t t = 0; t < s->n; t++) {
+        if (!sees(o, i, s->last[t]))
+            continue;
+        double p = exp(logit[t] - top);
+        sum += p;
+        for (int64_t d = 0; d < o->Dv; d++)
+            out[d] += p * s->v[t * o->Dv + d];
+    }
+    for (int64_t d = 0; d < o->Dv; d++)
+        out[d] /= sum;
+    return top + log(sum);
+}
+
+void oracle_attend(const oracle *o, const uint8_t *levels, double *out, double *lse) {
+    stream s = {zeros(o->Nk * o->D), zeros(o->Nk * o->Dv), zeros(o->Nk), NULL, 0};
+    double *logit = zeros(o->Nk);
+    s.last = (int64_t *)malloc((size_t)o->Nk * sizeof *s.last);
+    for (int64_t b = 0; s.last && b < o->B; b++)
+        for (int64_t h = 0; h < o->Hq; h++)
+            for (int64_t I = 0; I < o->nq; I++) {
+                range r = rows_of(o, I);
+                stream_build(o, levels, b, h, I, &s);
+                for (int64_t i = r.begin; i < r.end; i++) {
+                    int64_t row = (b * o->Hq + h) * o->Nq + i;
+                    lse[row] = attend_row(o, &s, q_row(o, b, h, i), i, logit, out + row * o->Dv);
+                }
+            }
+    free(s.k), free(s.v), free(s.bias), free(s.last), free(logit);
+}
+
+/* ---- scores --------------------------------------------------------------------------------------------------------------- */
+
+/* Rows sum to 1; a row without mass is uniform over the visible blocks. */
+static void normalise(const oracle *o, double *scores) {
+    for (int64_t row = 0; row < o->B * o->Hq * o->nq; row++) {
+        double sum = 0, visible = 0, *s = scores + row * o->nk;
+        for (int64_t J = 0; J < o->nk; J++) {
+            sum += s[J];
+            visible += oracle_pair(o, row % o->nq, J) != HIDDEN;
+        }
+        for (int64_t J = 0; J < o->nk; J++)
+            s[J] = oracle_pair(o, row % o->nq, J) == HIDDEN ? 0 : sum > 0 ? s[J] / sum : 1 / visible;
+    }
+}
+
+/* The tokens of a block that a sample picks: offsets beyond a ragged end are left out, but never all of them. */
+static int pick(range block, const uint8_t *sample, int n, int64_t *tokens) {
+    int picked = 0;
+    for (int i = 0; i < n; i++)
+        if (block.begin + sample[i] < block.end)
+            tokens[picked++] = block.begin + sample[i];
+    if (!picked)
+        tokens[picked++] = block.begin + sample[0] % (block.end - block.begin);
+    return picked;
+}
+
+typedef struct sampled {
+    int64_t *token, *block;
+    int64_t n;
+} sampled;
+
+static sampled sample_keys(const oracle *o, const uint8_t *sample_k, int n_k) {
+    sampled s = {NULL, NULL, 0};
+    s.token = (int64_t *)malloc((size_t)(o->nk * n_k) * sizeof *s.token);
+    s.block = (int64_t *)malloc((size_t)(o->nk * n_k) * sizeof *s.block);
+    if (!s.token || !s.block)
+        abort();
+    for (int64_t J = 0; J < o->nk; J++)
+        for (int n = pick(keys_of(o, J), sample_k, n_k, s.token + s.n); n > 0; n--)
+            s.block[s.n++] = J;
+    return s;
+}
+
+/* One sampled query row's share of its row of the score map: maximum, or sum and count for the mean. */
+static void sample_row(const oracle *o, int64_t b, int64_t h, int64_t i, const sampled *keys, double *logit, double *score,
+                       double *count) {
+    double top = -INFINITY, sum = 0;
+    for (int64_t t = 0; t < keys->n; t++) {
+        logit[t] = sees(o, i, keys->token[t]) ? o->scale * dot(q_row(o, b, h, i), k_row(o, b, h, keys->token[t]), o->D) : NAN;
+        if (logit[t] > top)
+            top = logit[t];
+    }
+    for (int64_t t = 0; t < keys->n; t++)
+        sum += isnan(logit[t]) ? 0 : exp(logit[t] - top);
+    for (int64_t t = 0; t < keys->n; t++) {
+        double p = exp(logit[t] - top) / (o->desc.score_norm ? sum : 1), *s = score + keys->block[t];
+        if (isnan(logit[t]))
+            continue;
+        *s = o->desc.score_mean ? *s + p : p > *s ? p : *s;
+        count[keys->block[t]]++;
+    }
+}
+
+void oracle_score_sample(const oracle *o, const uint8_t *sample_q, int n_q, const uint8_t *sample_k, int n_k, double *scores) {
+    sampled keys = sample_keys(o, sample_k, n_k);
+    double *logit = zeros(keys.n), *count = zeros(o->nk);
+    int64_t rows[PSA_MAX_BLOCK_Q];
+    memset(scores, 0, (size_t)oracle_map_size(o) * sizeof *scores);
+    for (int64_t row = 0; row < o->B * o->Hq * o->nq; row++) {
+        int64_t I = row % o->nq, h = row / o->nq % o->Hq, b = row / o->nq / o->Hq;
+        double *s = scores + row * o->nk;
+        memset(count, 0, (size_t)o->nk * sizeof *count);
+        for (int n = pick(rows_of(o, I), sample_q, n_q, rows); n > 0; n--)
+            sample_row(o, b, h, rows[n - 1], &keys, logit, s, count);
+        for (int64_t J = 0; o->desc.score_mean && J < o->nk; J++)
+            s[J] /= count[J] > 0 ? count[J] : 1;
+    }
+    normalise(o, scores);
+    free(keys.token), free(keys.block), free(logit), free(count);
+}
+
+/* Logit of query group g and key group h_: queries reversed, over the tokens that exist on both sides. */
+static double antidiagonal(const oracle *o, int64_t b, int64_t h, int64_t g, int64_t group_k) {
+    int64_t S = o->desc.stride;
+    double sum = 0;
+    for (int64_t i = 0; i < S; i++) {
+        int64_t query = g * S + S - 1 - i, key = group_k * S + i;
+        if (query < o->Nq && key < o->Nk)
+            sum += dot(q_row(o, b, h, query), k_row(o, b, h, key), o->D);
+    }
+    return o->scale / (double)S * sum;
+}
+
+void oracle_score_antidiagonal(const oracle *o, double *scores) {
+    int64_t S = o->desc.stride, n_g = (o->Nq + S - 1) / S, n_h = (o->Nk + S - 1) / S;
+    double *logit = zeros(n_h);
+    memset(scores, 0, (size_t)oracle_map_size(o) * sizeof *scores);
+    for (int64_t bh = 0; bh < o->B * o->Hq; bh++)
+        for (int64_t g = 0; g < n_g; g++) {
+            double top = -INFINITY, sum = 0;
+            int64_t n = 0, last_query = least(g * S + S, o->Nq) - 1;
+            while (n < n_h && sees(o, last_query, n * S)) {
+                logit[n] = antidiagonal(o, bh / o->Hq, bh % o->Hq, g, n);
+                top = fmax(top, logit[n++]);
+            }
+            for (int64_t c = 0; c < n; c++)
+                sum += exp(logit[c] - top);
+            for (int64_t c = 0; c < n; c++)
+                scores[(bh * o->nq + g * S / o->desc.block_q) * o->nk + c * S / o->desc.block_k] += exp(logit[c] - top) / sum;
+        }
+    normalise(o, scores);
+    free(logit);
+}
+
+static void mean_rows(const double *x, range r, int64_t D, double *mean) {
+    for (int64_t d = 0; d < D; d++) {
+        mean[d] = 0;
+        for (int64_t i = r.begin; i < r.end; i++)
+            mean[d] += x[i * D + d];
+        mean[d] /= (double)(r.end - r.begin);
+    }
+}
+
+void oracle_score_pooled(const oracle *o, double *scores) {
+    double q[PSA_MAX_D], k[PSA_MAX_D];
+    for (int64_t row = 0; row < o->B * o->Hq * o->nq; row++) {
+        int64_t I = row % o->nq, h = row / o->nq % o->Hq, b = row / o->nq / o->Hq;
+        double *s = scores + row * o->nk, top = -INFINITY;
+        mean_rows(q_row(o, b, h, 0), rows_of(o, I), o->D, q);
+        for (int64_t J = 0; J < o->nk; J++) {
+            mean_rows(k_row(o, b, h, 0), keys_of(o, J), o->D, k);
+            s[J] = oracle_pair(o, I, J) == HIDDEN ? -INFINITY : o->scale * dot(q, k, o->D);
+            top = fmax(top, s[J]);
+        }
+        for (int64_t J = 0; J < o->nk; J++)
+            s[J] = s[J] == -INFINITY ? 0 : exp(s[J] - top);
+    }
+    normalise(o, scores);
+}
+
+void oracle_score_exact(const oracle *o, double *scores) {
+    double *p = zeros(o->Nk);
+    memset(scores, 0, (size_t)oracle_map_size(o) * sizeof *scores);
+    for (int64_t row = 0; row < o->B * o->Hq * o->Nq; row++) {
+        int64_t i = row % o->Nq, h = row / o->Nq % o->Hq, b = row / o->Nq / o->Hq, n = 0;
+        double top = -INFINITY, sum = 0;
+        while (n < o->Nk && sees(o, i, n)) {
+            p[n] = o->scale * dot(q_row(o, b, h, i), k_row(o, b, h, n), o->D);
+            top = fmax(top, p[n++]);
+        }
+        for (int64_t j = 0; j < n; j++)
+            sum += exp(p[j] - top);
+        for (int64_t j = 0; j < n; j++)
+            scores[pair_at(o, b, h, i / o->desc.block_q, j / o->desc.block_k)] += exp(p[j] - top) / sum;
+    }
+    normalise(o, scores);
+    free(p);
+}
+
+/* ---- masks ---------------------------------------------------------------------------------------------------------------- */
+
+static double cosine(const double *a, const double *b, int64_t n) {
+    double norm = sqrt(dot(a, a, n)) * sqrt(dot(b, b, n));
+    return norm > 0 ? dot(a, b, n) / norm : 0;
+}
+
+double oracle_similarity(const oracle *o, int64_t b, int64_t h, int64_t J, int L) {
+    range keys = keys_of(o, J);
+    double sum = 0, n = 0;
+    for (int64_t t = keys.begin; t + 1 < keys.end; t += L) {
+        sum += cosine(k_row(o, b, h, t), k_row(o, b, h, least(t + L, keys.end) - 1), o->D);
+        n++;
+    }
+    return n > 0 ? sum / n : -2;
+}
+
+int oracle_cap(const oracle *o, int64_t b, int64_t h, int64_t J) {
+    for (int i = o->desc.n_sim_min; i > 0; i--) {
+        double mean = oracle_similarity(o, b, h, J, 1 << i);
+        if (mean != -2 && mean > o->desc.sim_min[i - 1])
+            return 1 << i;
+    }
+    return 1;
+}
+
+static int levels_in_use(const psa_desc *d) {
+    int n = 0;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++)
+        if (d->level_end[i] > 0)
+            n = i + 1;
+    return n;
+}
+
+static int finest_in_use(const psa_desc *d) {
+    int i = 0;
+    while (i < PSA_MAX_LEVELS - 1 && !(d->level_end[i] > 0))
+        i++;
+    return 1 << i;
+}
+
+static int level_by_count(const psa_desc *d, int64_t p) {
+    int64_t end = 0;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++) {
+        end += d->level_count[i];
+        if (p < end)
+            return 1 << i;
+    }
+    return 0;
+}
+
+static int level_by_share(const psa_desc *d, int64_t p, int64_t n) {
+    if (p == 0)
+        return finest_in_use(d);
+    for (int i = 0; i < levels_in_use(d); i++)
+        if (p < (int64_t)floor(d->level_end[i] * (double)n))
+            return 1 << i;
+    return 0;
+}
+
+/* mass: of the blocks ahead. */
+static int level_by_mass(const psa_desc *d, int64_t p, int64_t n, double mass, double own) {
+    int level = 0;
+    for (int i = levels_in_use(d) - 1; i >= 0; i--)
+        if (mass + (d->inclusive ? own : 0) <= d->level_end[i] + 1e-6)
+            level = 1 << i;
+    if (d->inclusive && p == 0 && (!level || level > finest_in_use(d)))
+        level = finest_in_use(d);
+    if (d->min_full > 0 && p < (int64_t)floor(d->min_full * (double)n) + 1)
+        level = 1;
+    return level;
+}
+
+static int has_counts(const psa_desc *d) {
+    for (int i = 0; i < PSA_MAX_LEVELS; i++)
+        if (d->level_count[i])
+            return 1;
+    return 0;
+}
+
+/* Levels by rank: descending score, ties by lower index; hidden blocks stay 0. */
+static void rank_levels(const oracle *o, int64_t I, const float *score, uint8_t *level, int64_t *order) {
+    const psa_desc *d = &o->desc;
+    int64_t n = 0;
+    double mass = 0;
+    for (int64_t J = 0; J < o->nk; J++) {
+        if (oracle_pair(o, I, J) == HIDDEN)
+            continue;
+        int64_t p = n++;
+        for (; p > 0 && score[order[p - 1]] < score[J]; p--)
+            order[p] = order[p - 1];
+        order[p] = J;
+    }
+    for (int64_t p = 0; p < n; p++) {
+        double own = (double)score[order[p]];
+        level[order[p]] = (uint8_t)(d->mask == PSA_MASK_THRESHOLD ? level_by_mass(d, p, n, mass, own)
+                                    : has_counts(d)               ? level_by_count(d, p)
+                                                                  : level_by_share(d, p, n));
+        mass += own;
+    }
+}
+
+static int protected_pair(const oracle *o, int64_t I, int64_t J) {
+    const psa_desc *d = &o->desc;
+    range r = rows_of(o, I), c = keys_of(o, J), at = {r.begin + o->off, r.end + o->off};
+    int key_side = c.begin < d->n_prefix || c.end > o->Nk - d->n_suffix;
+    int64_t first = at.begin > 0 ? at.begin : 0; /* tokens before the first key are nobody's prefix */
+    int query_side = first < least(at.end, d->n_prefix) || r.end > o->Nq - d->n_suffix;
+    int own = d->diagonal && c.begin < at.end && at.begin < c.end;
+    return key_side || query_side || (d->sink && J == 0) || own;
+}
+
+void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
+    int64_t *order = (int64_t *)malloc((size_t)o->nk * sizeof *order);
+    memset(levels, 0, (size_t)oracle_map_size(o));
+    for (int64_t row = 0; order && row < o->B * o->Hq * o->nq; row++) {
+        int64_t I = row % o->nq, h = row / o->nq % o->Hq, b = row / o->nq / o->Hq;
+        uint8_t *level = levels + row * o->nk;
+        if (o->desc.mask != PSA_MASK_DENSE)
+            rank_levels(o, I, scores + row * o->nk, level, order);
+        for (int64_t J = 0; J < o->nk; J++) {
+            visibility seen = oracle_pair(o, I, J);
+            int cap = o->desc.n_sim_min > 0 ? oracle_cap(o, b, h, J) : o->desc.block_k;
+            if (level[J] > cap)
+                level[J] = (uint8_t)cap;
+            if (o->desc.mask == PSA_MASK_DENSE || protected_pair(o, I, J) || seen == STRADDLES)
+                level[J] = 1;
+            if (level[J] == 0 && o->desc.skip_mean)
+                level[J] = (uint8_t)o->desc.block_k;
+            if (seen == HIDDEN)
+                level[J] = 0;
+        }
+    }
+    free(order);
+}
+
+/* ---- statistics --------------------------------------------------------------------------------------------------------- */
+
+static int level_slot(int level) {
+    int slot = 0;
+    for (; level; level >>= 1)
+        slot++;
+    return slot;
+}
+
+static void stats_head(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, psa_stats *s, double *work) {
+    for (int64_t I = 0; I < o->nq; I++)
+        for (int64_t J = 0; J < o->nk; J++) {
+            range r = rows_of(o, I), c = keys_of(o, J);
+            int level = oracle_level(o, levels, b, h, I, J);
+            int64_t area = (r.end - r.begin) * (o->D + o->Dv), tokens = c.end - c.begin;
+            if (oracle_pair(o, I, J) == HIDDEN)
+                continue;
+            s->pairs++;
+            s->level_blocks[level_slot(level)]++;
+            s->dense_mul_adds += tokens * area;
+            s->mul_adds += level ? (tokens + level - 1) / level * area : 0;
+            *work += level ? 1.0 / level : 0;
+        }
+}
+
+void oracle_stats(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, psa_stats *stats) {
+    double work = 0;
+    memset(stats, 0, sizeof *stats);
+    for (int64_t x = 0; x < o->B; x++)
+        for (int64_t y = 0; y < o->Hq; y++)
+            if ((b < 0 || b == x) && (h < 0 || h == y))
+                stats_head(o, levels, x, y, stats, &work);
+    stats->density = stats->pairs ? work / (double)stats->pairs : 0;
+    stats->sparsity = 1 - stats->density;
+}

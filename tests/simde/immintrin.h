@@ -1,0 +1,36 @@
+/* immintrin.h of the tests' build that runs the AVX2 and AVX-512 leaves on a CPU without them: SIMDe's portable
+ * intrinsics under Intel's names, and what SIMDe 0.7.4 lacks. Put first by -Itests/simde, with PSA_SIMD_EMULATED. */
+#ifndef TESTS_SIMDE_IMMINTRIN_H
+#define TESTS_SIMDE_IMMINTRIN_H
+
+#define SIMDE_NO_NATIVE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#include <string.h>
+
+typedef simde__mmask16 __mmask16;
+
+static inline __m512 _mm512_cvtph_ps(__m256i x) {
+    return _mm512_castpd_ps(_mm512_insertf64x4(
+        _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_cvtph_ps(_mm256_castsi256_si128(x)))),
+        _mm256_castps_pd(_mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))), 1));
+}
+
+static inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x))),
+                              _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)), 1);
+}
+
+/* Quarters 0 and 1 of the result are quarters of a, 2 and 3 of b; two bits of select name each. */
+static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int select) {
+    float from[2][16], to[16];
+    _mm512_storeu_ps(from[0], a);
+    _mm512_storeu_ps(from[1], b);
+    for (int i = 0; i < 4; i++)
+        memcpy(to + 4 * i, from[i / 2] + 4 * (select >> 2 * i & 3), 4 * sizeof(float));
+    return _mm512_loadu_ps(to);
+}
+
+#endif

@@ -1,0 +1,234 @@
+/* level_map_png.h - a picture of the level maps of all heads: one panel per head, one colour per level, a legend, and
+ * axes in tokens. Everything is static. Needs stb_image_write.h and stb_easy_font.h (Debian: libstb-dev). */
+#ifndef LEVEL_MAP_PNG_H
+#define LEVEL_MAP_PNG_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define STB_IMAGE_WRITE_STATIC
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#include <stb/stb_easy_font.h>
+#include <stb/stb_image_write.h>
+
+typedef struct level_maps {
+    const uint8_t *levels; /* [B][H][nq][nk] */
+    const double *density; /* [B][H] */
+    int64_t B, H, Nq, Nk, nq, nk;
+    int block_q, block_k;
+} level_maps;
+
+typedef struct picture {
+    unsigned char *rgb;
+    int width, height;
+} picture;
+
+/* Where the panels stand, in pixels. */
+typedef struct layout {
+    int n, columns, rows; /* panels */
+    int map_w, map_h;     /* a level map */
+    int panel_w, panel_h; /* the same with its title and axes */
+    int width, height;
+} layout;
+
+enum { TEXT = 2, LINE = 10 * TEXT, GAP = 24, LEFT = 92, TOP = 64, BOTTOM = 64, SMALLEST_MAP = 320, MOST_HEADS = 1024 };
+static const double most_pixels = 4e7;
+
+/* Darker is finer: lightness rises evenly from level 1 to level 128, skipped blocks are near white. */
+static const unsigned char level_colours[9][3] = {{247, 247, 247}, {12, 8, 38},     {72, 21, 104},
+                                                  {148, 44, 128},  {222, 73, 104},  {251, 135, 97},
+                                                  {254, 180, 123}, {253, 215, 150}, {240, 240, 180}};
+static const unsigned char ink[3] = {40, 40, 40};
+
+static int level_index(uint8_t level) {
+    int i = 0;
+    while (level) {
+        level = (uint8_t)(level >> 1);
+        i++;
+    }
+    return i;
+}
+
+static void fill(picture *p, int x, int y, int w, int h, const unsigned char rgb[3]) {
+    int x1 = x + w < p->width ? x + w : p->width, y1 = y + h < p->height ? y + h : p->height;
+    for (int j = y > 0 ? y : 0; j < y1; j++)
+        for (int i = x > 0 ? x : 0; i < x1; i++)
+            memcpy(p->rgb + 3 * ((size_t)j * (size_t)p->width + (size_t)i), rgb, 3);
+}
+
+/* Half-transparent, so that the blocks under a grid line can still be told apart. */
+static void shade(picture *p, int x, int y, int w, int h) {
+    for (int j = y; j < y + h; j++)
+        for (int i = 3 * x; i < 3 * (x + w); i++) {
+            unsigned char *c = p->rgb + 3 * (size_t)j * (size_t)p->width + i;
+            *c = (unsigned char)((*c + 128) / 2);
+        }
+}
+
+static int text_width(const char *text) {
+    char copy[128];
+    snprintf(copy, sizeof copy, "%s", text);
+    return TEXT * stb_easy_font_width(copy);
+}
+
+static void draw_text(picture *p, int x, int y, const char *text) {
+    struct vertex {
+        float x, y, z;
+        unsigned char colour[4];
+    } quads[4 * 1024];
+    char copy[128];
+    snprintf(copy, sizeof copy, "%s", text);
+    int n = stb_easy_font_print(0, 0, copy, NULL, quads, (int)sizeof quads);
+    for (int i = 0; i < n; i++) {
+        const struct vertex *a = &quads[4 * i], *c = a + 2; /* opposite corners */
+        fill(p, x + TEXT * (int)a->x, y + TEXT * (int)a->y, TEXT * (int)(c->x - a->x), TEXT * (int)(c->y - a->y), ink);
+    }
+}
+
+/* Blocks are drawn to scale in tokens, at least two pixels each way, larger where the map is small. Maps of which all
+ * heads would not fit into most_pixels are drawn smaller. */
+static void map_size(const level_maps *m, double shrink, int *w, int *h) {
+    double longest = fmax((double)m->nq * m->block_q, (double)m->nk * m->block_k);
+    double scale = fmax(2.0 / fmin(m->block_q, m->block_k), SMALLEST_MAP / longest); /* pixels per token */
+    double cell_w = fmax(2, round(scale * m->block_k)), cell_h = fmax(2, round(scale * m->block_q));
+    *w = (int)fmax(1, fmin(30000, (double)m->nk * cell_w * shrink));
+    *h = (int)fmax(1, fmin(30000, (double)m->nq * cell_h * shrink));
+}
+
+static layout lay_out(const level_maps *m, double shrink) {
+    layout l;
+    memset(&l, 0, sizeof l);
+    l.n = (int)(m->B * m->H);
+    map_size(m, shrink, &l.map_w, &l.map_h);
+    l.panel_w = LEFT + (l.map_w > 260 ? l.map_w : 260) + GAP; /* the title needs the width */
+    l.panel_h = LINE + l.map_h + 3 * LINE;
+    l.columns = (int)ceil(sqrt(l.n * 1.5 * l.panel_h / l.panel_w));
+    l.columns = l.columns > l.n ? l.n : l.columns;
+    l.rows = (l.n + l.columns - 1) / l.columns;
+    l.width = l.columns * l.panel_w + GAP;
+    l.width = l.width > 960 ? l.width : 960; /* room for the legend */
+    l.height = TOP + l.rows * l.panel_h + BOTTOM;
+    return l;
+}
+
+/* A pixel shows the mean colour of the blocks it covers: one block, unless the map was shrunk. */
+static void draw_pixel(const level_maps *m, const uint8_t *levels, const layout *l, int x, int y, unsigned char *rgb) {
+    int64_t j0 = x * m->nk / l->map_w, j1 = (x + 1) * m->nk / l->map_w;
+    int64_t i0 = y * m->nq / l->map_h, i1 = (y + 1) * m->nq / l->map_h;
+    unsigned sum[3] = {0, 0, 0}, n = 0;
+    for (int64_t i = i0; i < i1 || i == i0; i++)
+        for (int64_t j = j0; j < j1 || j == j0; j++, n++)
+            for (int c = 0; c < 3; c++)
+                sum[c] += level_colours[level_index(levels[i * m->nk + j])][c];
+    for (int c = 0; c < 3; c++)
+        rgb[c] = (unsigned char)(sum[c] / n);
+}
+
+/* Tokens between two grid lines: 1, 2, 4, ... blocks, such that labels of this width do not touch. */
+static int64_t tick_step(int64_t tokens, int block, int pixels, int label) {
+    int64_t step = block;
+    while ((double)step * pixels < 1.5 * label * (double)tokens)
+        step *= 2;
+    return step;
+}
+
+static void draw_axes(picture *p, const level_maps *m, const layout *l, int x, int y) {
+    char label[32];
+    int64_t wide = m->nk * m->block_k, high = m->nq * m->block_q;
+    snprintf(label, sizeof label, "%lld", (long long)wide);
+    int64_t step = tick_step(wide, m->block_k, l->map_w, text_width(label));
+    for (int64_t t = 0; t < m->Nk; t += step) {
+        int at = x + (int)(t * l->map_w / wide);
+        snprintf(label, sizeof label, "%lld", (long long)t);
+        if (t)
+            shade(p, at, y, 1, l->map_h);
+        fill(p, at, y + l->map_h, 1, 6, ink);
+        draw_text(p, at - (t ? text_width(label) / 2 : 0), y + l->map_h + 9, label);
+    }
+    step = tick_step(high, m->block_q, l->map_h, 2 * LINE);
+    for (int64_t t = 0; t < m->Nq; t += step) {
+        int at = y + (int)(t * l->map_h / high);
+        snprintf(label, sizeof label, "%lld", (long long)t);
+        if (t)
+            shade(p, x, at, l->map_w, 1);
+        fill(p, x - 6, at, 6, 1, ink);
+        draw_text(p, x - 9 - text_width(label), at - (t ? 7 : 0), label);
+    }
+}
+
+static void draw_panel(picture *p, const level_maps *m, const layout *l, int head, int x, int y) {
+    const uint8_t *levels = m->levels + (int64_t)head * m->nq * m->nk;
+    char title[64];
+    snprintf(title, sizeof title, "b%d h%d  density %.3f", (int)(head / m->H), (int)(head % m->H), m->density[head]);
+    draw_text(p, x, y, title);
+    y += LINE;
+    fill(p, x - 1, y - 1, l->map_w + 2, l->map_h + 2, ink);
+    for (int j = 0; j < l->map_h; j++)
+        for (int i = 0; i < l->map_w; i++)
+            draw_pixel(m, levels, l, i, j, p->rgb + 3 * ((size_t)(y + j) * (size_t)p->width + (size_t)(x + i)));
+    draw_axes(p, m, l, x, y);
+}
+
+/* The levels that occur, finest first. */
+static void draw_legend(picture *p, const level_maps *m, int x, int y) {
+    int seen[9] = {0};
+    for (int64_t i = 0; i < m->B * m->H * m->nq * m->nk; i++)
+        seen[level_index(m->levels[i])] = 1;
+    for (int i = 1; i <= 9; i++) {
+        int index = i % 9; /* skip comes last */
+        char label[32] = "skip";
+        if (!seen[index])
+            continue;
+        if (index)
+            snprintf(label, sizeof label, "level %d", 1 << (index - 1));
+        fill(p, x - 1, y - 1, 22, 18, ink);
+        fill(p, x, y, 20, 16, level_colours[index]);
+        draw_text(p, x + 27, y + 1, label);
+        x += 27 + text_width(label) + GAP;
+    }
+}
+
+static void draw_all(picture *p, const level_maps *m, const layout *l) {
+    char title[128];
+    snprintf(title, sizeof title, "level maps: %lld queries down, %lld keys across, blocks %d x %d", (long long)m->Nq,
+             (long long)m->Nk, m->block_q, m->block_k);
+    memset(p->rgb, 255, 3 * (size_t)p->width * (size_t)p->height);
+    draw_text(p, GAP, GAP, title);
+    for (int i = 0; i < l->n; i++)
+        draw_panel(p, m, l, i, LEFT + i % l->columns * l->panel_w, TOP + i / l->columns * l->panel_h);
+    draw_legend(p, m, GAP, l->height - BOTTOM + GAP);
+}
+
+static void level_map__write(void *context, void *data, int size) {
+    fwrite(data, 1, (size_t)size, (FILE *)context); /* an error stays set in the FILE */
+}
+
+/* 0, or -1 with one line in err. */
+static int level_map_png(const char *path, const level_maps *m, char *err, size_t err_size) {
+    if (m->B * m->H > MOST_HEADS) {
+        snprintf(err, err_size, "%s: %lld heads are too many for one picture; expected at most %d", path,
+                 (long long)(m->B * m->H), MOST_HEADS);
+        return -1;
+    }
+    layout l = lay_out(m, 1);
+    double pixels = (double)l.width * l.height;
+    if (pixels > most_pixels)
+        l = lay_out(m, sqrt(most_pixels / pixels));
+    picture p = {NULL, l.width, l.height};
+    p.rgb = (unsigned char *)malloc(3 * (size_t)l.width * (size_t)l.height);
+    FILE *f = p.rgb ? fopen(path, "wb") : NULL;
+    int bad = !f;
+    if (f) {
+        draw_all(&p, m, &l);
+        bad = !stbi_write_png_to_func(level_map__write, f, l.width, l.height, 3, p.rgb, 3 * l.width) || ferror(f);
+        bad |= fclose(f) != 0;
+    }
+    free(p.rgb);
+    if (bad)
+        snprintf(err, err_size, "%s: cannot write the picture", path);
+    return bad ? -1 : 0;
+}
+#endif
