@@ -197,8 +197,15 @@ typedef enum psa_result {
 
 typedef enum psa_type { PSA_F32 = 0, PSA_F16, PSA_BF16 } psa_type;
 
-/* Instruction sets, slowest first. AUTO takes the best one that the CPU and the operating system support. */
-typedef enum psa_isa { PSA_ISA_AUTO = 0, PSA_ISA_SCALAR, PSA_ISA_AVX2, PSA_ISA_AVX512, PSA_ISA_END } psa_isa;
+/* Instruction sets. AUTO takes the best one that the CPU and the operating system support. AVX2 includes FMA and F16C. */
+typedef enum psa_isa {
+    PSA_ISA_AUTO = 0,
+    PSA_ISA_SCALAR,
+    PSA_ISA_AVX2,
+    PSA_ISA_AVX512,
+    PSA_ISA_NEON, /* AArch64 */
+    PSA_ISA_END
+} psa_isa;
 
 /* How the importance of a block pair is estimated (manual, "Scores"). */
 typedef enum psa_score_kind {
@@ -416,7 +423,7 @@ PSA_API const char *psa_result_string(psa_result result);
 PSA_API const char *psa_version(void);
 PSA_API psa_isa psa_isa_detect(void);          /* the best instruction set of this machine */
 PSA_API int psa_isa_supported(psa_isa isa);
-PSA_API const char *psa_isa_name(psa_isa isa); /* "scalar", "avx2", "avx512"; "auto"; NULL past the end */
+PSA_API const char *psa_isa_name(psa_isa isa); /* "auto", "scalar", "avx2", ...; NULL past the end */
 
 /* Orders of a video grid of t x h x w tokens, token index (t*h_extent + h)*w_extent + w: position p of the order holds
  * token index[p]. index: int32 [t*h*w]. */
@@ -486,6 +493,9 @@ PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int hei
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
 #define PSA__X86 1
 #include <immintrin.h>
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define PSA__NEON 1
+#include <arm_neon.h>
 #endif
 
 #ifndef PSA_NO_THREADS
@@ -783,6 +793,11 @@ typedef struct psa__leaves {
 #include PSA_FILENAME
 #undef PSA__PASS
 #endif
+#ifdef PSA__NEON
+#define PSA__PASS 4
+#include PSA_FILENAME
+#undef PSA__PASS
+#endif
 
 #else /* PSA__PASS */
 
@@ -1009,6 +1024,92 @@ static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type
 
 static PSA__TARGET unsigned PSA__(denormals_off)(void) { return psa__avx2_denormals_off(); }
 static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { psa__avx2_denormals_restore(mode); }
+
+#elif PSA__PASS == 4 /* AArch64 */
+
+#define PSA__(name) psa__neon_##name
+#define PSA__TARGET
+#define PSA__V float32x4_t
+#define PSA__W 4
+#define PSA__NV 4
+#define PSA__ROWS(nv) ((nv) > 2 ? 4 : 8)
+#define PSA__HELD(x)
+
+PSA__ALWAYS_INLINE float32x4_t PSA__(load)(const float *p) { return vld1q_f32(p); }
+PSA__ALWAYS_INLINE void PSA__(store)(float *p, float32x4_t x) { vst1q_f32(p, x); }
+PSA__ALWAYS_INLINE float32x4_t PSA__(splat)(float x) { return vdupq_n_f32(x); }
+PSA__ALWAYS_INLINE float32x4_t PSA__(add)(float32x4_t a, float32x4_t b) { return vaddq_f32(a, b); }
+PSA__ALWAYS_INLINE float32x4_t PSA__(sub)(float32x4_t a, float32x4_t b) { return vsubq_f32(a, b); }
+PSA__ALWAYS_INLINE float32x4_t PSA__(mul)(float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); }
+PSA__ALWAYS_INLINE float32x4_t PSA__(fma)(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+
+PSA__ALWAYS_INLINE float32x4_t PSA__(max)(float32x4_t a, float32x4_t b) /* b if one is NaN */
+{
+    return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
+
+PSA__ALWAYS_INLINE float32x4_t PSA__(min)(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+PSA__ALWAYS_INLINE int PSA__(any_greater)(float32x4_t a, float32x4_t b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
+
+/* x in lanes >= first, other below */
+PSA__ALWAYS_INLINE float32x4_t PSA__(from_lane)(int first, float32x4_t x, float32x4_t other)
+{
+    static const int32_t lane[4] = {0, 1, 2, 3};
+    return vbslq_f32(vcgtq_s32(vdupq_n_s32(first), vld1q_s32(lane)), other, x);
+}
+
+PSA__ALWAYS_INLINE float32x4_t PSA__(exp2)(float32x4_t x)
+{
+    const float32x4_t low = vdupq_n_f32(-126.0f);
+    uint32x4_t below = vcltq_f32(x, low);
+    float32x4_t c = vbslq_f32(below, low, x), r = vrndnq_f32(c), f = vsubq_f32(c, r); /* NaN passes */
+    int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(r), vdupq_n_s32(127)), 23);
+    float32x4_t p = vdupq_n_f32(1.3398874e-3f);
+    p = vfmaq_f32(vdupq_n_f32(9.6184373e-3f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(5.5503324e-2f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(2.4022648e-1f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(6.9314718e-1f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+    return vbslq_f32(below, vdupq_n_f32(0.0f), vmulq_f32(p, vreinterpretq_f32_s32(power)));
+}
+
+PSA__ALWAYS_INLINE void PSA__(transpose)(float32x4_t *r)
+{
+    float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(r[0], r[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(r[0], r[1]));
+    float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(r[2], r[3])), d = vreinterpretq_f64_f32(vtrn2q_f32(r[2], r[3]));
+    r[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    r[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    r[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    r[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+}
+
+static void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+{
+    const char *p = (const char *)src;
+    int64_t i = 0;
+    for (; type != PSA_F32 && i + 4 <= n; i += 4) {
+        uint16x4_t x;
+        memcpy(&x, p + 2 * i, sizeof x);
+        vst1q_f32(dst + i, type == PSA_F16 ? vcvt_f32_f16(vreinterpret_f16_u16(x))
+                                           : vreinterpretq_f32_u32(vshll_n_u16(x, 16)));
+    }
+    psa__to_f32(dst + i, p + (size_t)i * (type == PSA_F32 ? 4 : 2), type, n - i);
+}
+
+#ifdef _MSC_VER
+static unsigned PSA__(denormals_off)(void) { return 0; }
+static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
+#else
+static unsigned PSA__(denormals_off)(void)
+{
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode | (uint64_t)1 << 24)); /* flush to zero */
+    return (unsigned)mode;
+}
+
+static void PSA__(denormals_restore)(unsigned mode) { __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode)); }
+#endif
 
 #endif
 
@@ -1270,8 +1371,10 @@ static const psa__leaves PSA__(leaves) = {
     "scalar",
 #elif PSA__PASS == 2
     "avx2",
-#else
+#elif PSA__PASS == 3
     "avx512",
+#else
+    "neon",
 #endif
     PSA__W,           PSA__NV,          PSA__(to_f32),        psa__from_f32,             PSA__(sum),
     PSA__(scale),     PSA__(dot),       PSA__(pack),          PSA__(unpack),             PSA__(qk),
@@ -1302,6 +1405,9 @@ static const psa__leaves *psa__leaves_of(psa_isa isa)
 #ifdef PSA__SIMD
     case PSA_ISA_AVX2: return &psa__avx2_leaves;
     case PSA_ISA_AVX512: return &psa__avx512_leaves;
+#endif
+#ifdef PSA__NEON
+    case PSA_ISA_NEON: return &psa__neon_leaves;
 #endif
     default: return &psa__scalar_leaves;
     }
@@ -1351,16 +1457,23 @@ PSA__DEF psa_isa psa_isa_detect(void)
     psa__cpuid(7, r);
     if ((saved & 0x06) != 0x06 || !(r[1] & 1u << 5)) return PSA_ISA_SCALAR; /* YMM state, AVX2 */
     return (saved & 0xe6) == 0xe6 && (r[1] & 1u << 16) ? PSA_ISA_AVX512 : PSA_ISA_AVX2;
+#elif defined(PSA__NEON)
+    return PSA_ISA_NEON;
 #else
     return PSA_ISA_SCALAR;
 #endif
 }
 
-PSA__DEF int psa_isa_supported(psa_isa isa) { return isa >= PSA_ISA_AUTO && isa <= psa_isa_detect(); }
+PSA__DEF int psa_isa_supported(psa_isa isa)
+{
+    psa_isa best = psa_isa_detect();
+    return isa == PSA_ISA_AUTO || isa == PSA_ISA_SCALAR || isa == best ||
+           (isa == PSA_ISA_AVX2 && best == PSA_ISA_AVX512);
+}
 
 PSA__DEF const char *psa_isa_name(psa_isa isa)
 {
-    static const char *const name[] = {"auto", "scalar", "avx2", "avx512"};
+    static const char *const name[] = {"auto", "scalar", "avx2", "avx512", "neon"};
     return isa >= PSA_ISA_AUTO && isa < PSA_ISA_END ? name[isa] : NULL;
 }
 
@@ -2956,7 +3069,7 @@ static psa_result psa__reorder(const psa_tensor *in, const psa_order *order, con
     const psa_order *from, *to;
     int64_t begin, end;
     psa_result r;
-    if (!in || !order || !out || !in->data || !out->data || !order->index) return PSA_ERR_NULL;
+    if (!in || !order || !out || !in->data || !out->data) return PSA_ERR_NULL;
     if (ith < 0 || ith >= nth) return PSA_ERR_THREADS;
     if ((r = psa__check_tensor(NULL, in, "in")) != PSA_OK) return r;
     if ((r = psa__check_tensor(NULL, out, "out")) != PSA_OK) return r;

@@ -24,23 +24,27 @@ typedef struct level_maps {
 typedef struct picture {
     unsigned char *rgb;
     int width, height;
+    int text; /* pixels per pixel of the font; margins go with it */
 } picture;
 
 /* Where the panels stand, in pixels. */
 typedef struct layout {
     int n, columns, rows; /* panels */
+    int text;
     int map_w, map_h;     /* a level map */
     int panel_w, panel_h; /* the same with its title and axes */
     int width, height;
 } layout;
 
-enum { TEXT = 2, LINE = 10 * TEXT, GAP = 24, LEFT = 92, TOP = 64, BOTTOM = 64, SMALLEST_MAP = 320, MOST_HEADS = 1024 };
+/* Margins in pixels of the font. */
+enum { LINE = 10, GAP = 12, LEFT = 46, TOP = 32, BOTTOM = 32 };
+enum { SMALLEST_MAP = 320, MOST_HEADS = 1024 };
 static const double most_pixels = 4e7;
 
 /* Darker is finer: lightness rises evenly from level 1 to level 128, skipped blocks are near white. */
-static const unsigned char level_colours[9][3] = {{247, 247, 247}, {12, 8, 38},     {72, 21, 104},
-                                                  {148, 44, 128},  {222, 73, 104},  {251, 135, 97},
-                                                  {254, 180, 123}, {253, 215, 150}, {240, 240, 180}};
+static const unsigned char level_colours[9][3] = {{247, 247, 247}, {8, 6, 40},      {86, 20, 125},
+                                                  {176, 48, 120},  {240, 100, 92},  {253, 150, 105},
+                                                  {254, 190, 135}, {253, 220, 165}, {245, 240, 190}};
 static const unsigned char ink[3] = {40, 40, 40};
 
 static int level_index(uint8_t level) {
@@ -68,10 +72,10 @@ static void shade(picture *p, int x, int y, int w, int h) {
         }
 }
 
-static int text_width(const char *text) {
+static int text_width(const picture *p, const char *text) {
     char copy[128];
     snprintf(copy, sizeof copy, "%s", text);
-    return TEXT * stb_easy_font_width(copy);
+    return p->text * stb_easy_font_width(copy);
 }
 
 static void draw_text(picture *p, int x, int y, const char *text) {
@@ -84,7 +88,8 @@ static void draw_text(picture *p, int x, int y, const char *text) {
     int n = stb_easy_font_print(0, 0, copy, NULL, quads, (int)sizeof quads);
     for (int i = 0; i < n; i++) {
         const struct vertex *a = &quads[4 * i], *c = a + 2; /* opposite corners */
-        fill(p, x + TEXT * (int)a->x, y + TEXT * (int)a->y, TEXT * (int)(c->x - a->x), TEXT * (int)(c->y - a->y), ink);
+        fill(p, x + p->text * (int)a->x, y + p->text * (int)a->y, p->text * (int)(c->x - a->x),
+             p->text * (int)(c->y - a->y), ink);
     }
 }
 
@@ -103,14 +108,17 @@ static layout lay_out(const level_maps *m, double shrink) {
     memset(&l, 0, sizeof l);
     l.n = (int)(m->B * m->H);
     map_size(m, shrink, &l.map_w, &l.map_h);
-    l.panel_w = LEFT + (l.map_w > 260 ? l.map_w : 260) + GAP; /* the title needs the width */
-    l.panel_h = LINE + l.map_h + 3 * LINE;
+    l.text = l.map_w < 640 ? 2 : l.map_w < 960 ? 3 : 4;
+    int least_w = 130 * l.text; /* the title needs it */
+    l.panel_w = (LEFT + GAP) * l.text + (l.map_w > least_w ? l.map_w : least_w);
+    l.panel_h = 4 * LINE * l.text + l.map_h;
     l.columns = (int)ceil(sqrt(l.n * 1.5 * l.panel_h / l.panel_w));
     l.columns = l.columns > l.n ? l.n : l.columns;
     l.rows = (l.n + l.columns - 1) / l.columns;
-    l.width = l.columns * l.panel_w + GAP;
-    l.width = l.width > 960 ? l.width : 960; /* room for the legend */
-    l.height = TOP + l.rows * l.panel_h + BOTTOM;
+    l.columns = (l.n + l.rows - 1) / l.rows; /* no emptier than it must be */
+    l.width = l.columns * l.panel_w + GAP * l.text;
+    l.width = l.width > 480 * l.text ? l.width : 480 * l.text; /* the legend needs it */
+    l.height = (TOP + BOTTOM) * l.text + l.rows * l.panel_h;
     return l;
 }
 
@@ -135,27 +143,31 @@ static int64_t tick_step(int64_t tokens, int block, int pixels, int label) {
     return step;
 }
 
-static void draw_axes(picture *p, const level_maps *m, const layout *l, int x, int y) {
+static void draw_x_axis(picture *p, const level_maps *m, const layout *l, int x, int y) {
     char label[32];
-    int64_t wide = m->nk * m->block_k, high = m->nq * m->block_q;
-    snprintf(label, sizeof label, "%lld", (long long)wide);
-    int64_t step = tick_step(wide, m->block_k, l->map_w, text_width(label));
+    int64_t tokens = m->nk * m->block_k;
+    snprintf(label, sizeof label, "%lld", (long long)tokens);
+    int64_t step = tick_step(tokens, m->block_k, l->map_w, text_width(p, label));
     for (int64_t t = 0; t < m->Nk; t += step) {
-        int at = x + (int)(t * l->map_w / wide);
+        int at = x + (int)(t * l->map_w / tokens);
         snprintf(label, sizeof label, "%lld", (long long)t);
         if (t)
             shade(p, at, y, 1, l->map_h);
-        fill(p, at, y + l->map_h, 1, 6, ink);
-        draw_text(p, at - (t ? text_width(label) / 2 : 0), y + l->map_h + 9, label);
+        fill(p, at, y + l->map_h, 1, 3 * p->text, ink);
+        draw_text(p, at - (t ? text_width(p, label) / 2 : 0), y + l->map_h + 4 * p->text, label);
     }
-    step = tick_step(high, m->block_q, l->map_h, 2 * LINE);
+}
+
+static void draw_y_axis(picture *p, const level_maps *m, const layout *l, int x, int y) {
+    char label[32];
+    int64_t tokens = m->nq * m->block_q, step = tick_step(tokens, m->block_q, l->map_h, 2 * LINE * p->text);
     for (int64_t t = 0; t < m->Nq; t += step) {
-        int at = y + (int)(t * l->map_h / high);
+        int at = y + (int)(t * l->map_h / tokens);
         snprintf(label, sizeof label, "%lld", (long long)t);
         if (t)
             shade(p, x, at, l->map_w, 1);
-        fill(p, x - 6, at, 6, 1, ink);
-        draw_text(p, x - 9 - text_width(label), at - (t ? 7 : 0), label);
+        fill(p, x - 3 * p->text, at, 3 * p->text, 1, ink);
+        draw_text(p, x - 4 * p->text - text_width(p, label), at - (t ? 3 * p->text : 0), label);
     }
 }
 
@@ -164,12 +176,13 @@ static void draw_panel(picture *p, const level_maps *m, const layout *l, int hea
     char title[64];
     snprintf(title, sizeof title, "b%d h%d  density %.3f", (int)(head / m->H), (int)(head % m->H), m->density[head]);
     draw_text(p, x, y, title);
-    y += LINE;
+    y += LINE * p->text;
     fill(p, x - 1, y - 1, l->map_w + 2, l->map_h + 2, ink);
     for (int j = 0; j < l->map_h; j++)
         for (int i = 0; i < l->map_w; i++)
             draw_pixel(m, levels, l, i, j, p->rgb + 3 * ((size_t)(y + j) * (size_t)p->width + (size_t)(x + i)));
-    draw_axes(p, m, l, x, y);
+    draw_x_axis(p, m, l, x, y);
+    draw_y_axis(p, m, l, x, y);
 }
 
 /* The levels that occur, finest first. */
@@ -184,22 +197,23 @@ static void draw_legend(picture *p, const level_maps *m, int x, int y) {
             continue;
         if (index)
             snprintf(label, sizeof label, "level %d", 1 << (index - 1));
-        fill(p, x - 1, y - 1, 22, 18, ink);
-        fill(p, x, y, 20, 16, level_colours[index]);
-        draw_text(p, x + 27, y + 1, label);
-        x += 27 + text_width(label) + GAP;
+        fill(p, x - 1, y - 1, 10 * p->text + 2, 8 * p->text + 2, ink);
+        fill(p, x, y, 10 * p->text, 8 * p->text, level_colours[index]);
+        draw_text(p, x + 13 * p->text, y + p->text / 2, label);
+        x += (13 + GAP) * p->text + text_width(p, label);
     }
 }
 
 static void draw_all(picture *p, const level_maps *m, const layout *l) {
     char title[128];
+    int s = p->text;
     snprintf(title, sizeof title, "level maps: %lld queries down, %lld keys across, blocks %d x %d", (long long)m->Nq,
              (long long)m->Nk, m->block_q, m->block_k);
     memset(p->rgb, 255, 3 * (size_t)p->width * (size_t)p->height);
-    draw_text(p, GAP, GAP, title);
+    draw_text(p, GAP * s, GAP * s, title);
     for (int i = 0; i < l->n; i++)
-        draw_panel(p, m, l, i, LEFT + i % l->columns * l->panel_w, TOP + i / l->columns * l->panel_h);
-    draw_legend(p, m, GAP, l->height - BOTTOM + GAP);
+        draw_panel(p, m, l, i, LEFT * s + i % l->columns * l->panel_w, TOP * s + i / l->columns * l->panel_h);
+    draw_legend(p, m, GAP * s, l->height - (BOTTOM - GAP) * s);
 }
 
 static void level_map__write(void *context, void *data, int size) {
@@ -217,7 +231,7 @@ static int level_map_png(const char *path, const level_maps *m, char *err, size_
     double pixels = (double)l.width * l.height;
     if (pixels > most_pixels)
         l = lay_out(m, sqrt(most_pixels / pixels));
-    picture p = {NULL, l.width, l.height};
+    picture p = {NULL, l.width, l.height, l.text};
     p.rgb = (unsigned char *)malloc(3 * (size_t)l.width * (size_t)l.height);
     FILE *f = p.rgb ? fopen(path, "wb") : NULL;
     int bad = !f;

@@ -1,0 +1,247 @@
+#!/bin/sh
+# Runs build/classify on the tiny checkpoints in tests/data/models: goldens, videos, and everything that can be wrong
+# with its input. Needs build/classify and build/npydiff; the checks of compressed video need ffmpeg as well.
+# BUILD=dir looks for the programs elsewhere.
+cd "$(dirname "$0")/.." || exit 1
+export LC_ALL=C
+build=$(cd "${BUILD:-build}" && pwd) || exit 1
+models=tests/data/models
+clip=examples/data/clip.mp4
+mae=$models/videomae-tiny-d64-f32
+jepa=$models/vjepa2-tiny-d32-f32
+sharded=$models/vjepa2-tiny-d64-f16-sharded
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+passed=0 failed=0
+
+# check NAME COMMAND...: the command succeeds
+check() {
+    name=$1
+    shift
+    if "$@" >"$tmp/out" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok    $name"
+    else
+        failed=$((failed + 1))
+        echo "FAIL  $name: $(tail -n 1 "$tmp/out")"
+    fi
+}
+
+classify() { "$build/classify" "$@"; }
+near() { "$build/npydiff" "$@"; }
+
+# dense GOLDEN BOUND ARGUMENTS...: the logits with these arguments are the golden ones
+dense() {
+    golden=$1 bound=$2
+    shift 2
+    classify "$@" --logits "$tmp/logits.npy" && near "$golden" "$tmp/logits.npy" "$bound"
+}
+
+# pixels GOLDEN BOUND ARGUMENTS...: the same for the model's input
+pixels() {
+    golden=$1 bound=$2
+    shift 2
+    classify "$@" --save-pixels "$tmp/pixels.npy" && near "$golden" "$tmp/pixels.npy" "$bound"
+}
+
+# prints TEXT ARGUMENTS...: the report says this
+prints() {
+    text=$1
+    shift
+    classify "$@" | tee "$tmp/report" | grep -q -e "$text" || { cat "$tmp/report"; false; }
+}
+
+# rejected TEXT ARGUMENTS...: exit status 2, this text in the only line on stderr, nothing printed and nothing written
+rejected() {
+    text=$1
+    shift
+    rm -f "$tmp/logits.npy"
+    classify "$@" --logits "$tmp/logits.npy" >"$tmp/stdout" 2>"$tmp/stderr"
+    status=$?
+    echo "status $status: $(cat "$tmp/stderr")"
+    [ $status -eq 2 ] && [ "$(wc -l <"$tmp/stderr")" -eq 1 ] && grep -q -e "$text" "$tmp/stderr" &&
+        [ ! -s "$tmp/stdout" ] && [ ! -e "$tmp/logits.npy" ]
+}
+
+# variant MODEL FILE EDIT: $tmp/model is a copy of the checkpoint in which a sed script has changed one file
+variant() {
+    rm -rf "$tmp/model"
+    cp -r "$1" "$tmp/model"
+    sed "$3" "$1/$2" >"$tmp/model/$2"
+}
+
+# cut MODEL FILE BYTES: likewise, with the file cut off after so many bytes
+cut() {
+    rm -rf "$tmp/model"
+    cp -r "$1" "$tmp/model"
+    head -c "$3" "$1/$2" >"$tmp/model/$2"
+}
+
+# bytes N OCTAL: N equal bytes
+bytes() { head -c "$1" /dev/zero | tr '\000' "\\$2"; }
+
+# y4m COLOUR LUMA CHROMA: 8 frames of 37 x 53 in red, with this many bytes of luma and of each chroma plane
+y4m() {
+    printf 'YUV4MPEG2 W37 H53 F25:1 Ip A1:1 C%s\n' "$1"
+    for i in 1 2 3 4 5 6 7 8; do
+        printf 'FRAME\n'
+        bytes "$2" 121
+        bytes "$3" 132
+        bytes "$3" 360
+    done
+}
+
+# The same in RGB: what BT.601 makes of (81, 90, 240) is (254, 0, 0).
+red_frames() {
+    header="{'descr': '|u1', 'fortran_order': False, 'shape': (8, 53, 37, 3), }"
+    printf '\223NUMPY\001\000v\000%-117s\n' "$header"
+    bytes $((8 * 53 * 37)) 376 | sed 's/\(.\)/\1\x00\x00/g'
+}
+
+echo "# goldens, dense attention"
+for m in "$models"/*/; do
+    m=${m%/}
+    check "$(basename "$m"): logits" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" --dense
+    check "$(basename "$m"): logits, scalar" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" --dense --isa scalar
+    [ -e "$m/frames_u8.npy" ] || continue
+    check "$(basename "$m"): pixels from frames" pixels "$m/pixel_values.npy" 0 "$m" --frames "$m/frames_u8.npy"
+    check "$(basename "$m"): logits from frames" dense "$m/logits.npy" 2e-5 "$m" --frames "$m/frames_u8.npy" --dense
+done
+
+echo "# sparse attention"
+for m in "$models"/*/; do
+    m=${m%/}
+    check "$(basename "$m"): top-1 as dense" prints "top-1 agrees" "$m" --pixels "$m/pixel_values.npy" --compare \
+        --block-q 16 --block-k 16 --level-end .2,.3,.5,1
+    check "$(basename "$m"): every block at level 1" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" \
+        --level-end 1 --block-q 16 --block-k 16
+    check "$(basename "$m"): Gilbert order is undone" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" \
+        --mask dense --order gilbert --block-q 32 --block-k 16
+done
+sparse="--pixels $jepa/pixel_values.npy --preset paper-25 --block-q 16 --block-k 16"
+check "one thread" classify "$jepa" $sparse --threads 1 --logits "$tmp/one.npy"
+check "three threads give the same bits" dense "$tmp/one.npy" 0 "$jepa" $sparse --threads 3
+check "sparse logits are not the dense ones" sh -c "! $build/npydiff $jepa/logits.npy $tmp/one.npy 1e-4"
+check "JSON report" prints '"top1_agrees":.*true' "$jepa" $sparse --compare --json
+
+echo "# video without ffmpeg"
+red_frames >"$tmp/red.npy"
+check "red frames" classify "$jepa" --frames "$tmp/red.npy" --save-pixels "$tmp/red_pixels.npy"
+y4m 420jpeg 1961 513 >"$tmp/420.y4m"
+y4m 422 1961 1007 >"$tmp/422.y4m"
+y4m 444 1961 1961 >"$tmp/444.y4m"
+for colour in 420 422 444; do
+    check "y4m $colour, portrait, odd size" env PATH=/nonexistent "$build/classify" "$jepa" "$tmp/$colour.y4m" \
+        --save-pixels "$tmp/pixels.npy"
+    check "y4m $colour: the same pixels" near "$tmp/red_pixels.npy" "$tmp/pixels.npy" 0
+done
+check "two videos" prints "top-1 agrees on . of 2 clips" "$jepa" "$tmp/420.y4m" "$tmp/444.y4m" --compare
+
+if command -v ffmpeg >/dev/null; then
+    echo "# video through ffmpeg"
+    check "mp4" prints "clip.mp4: 64 frames.*32 x 8 x 8 tokens" "$sharded" "$clip" --num-frames 64
+    check "mp4: top-1 as dense" prints "top-1 agrees" "$sharded" "$clip" --num-frames 64 --compare --preset paper-25
+    check "mp4: pixels" classify "$jepa" "$clip" --save-pixels "$tmp/mp4.npy"
+    check "mp4 to y4m" ffmpeg -nostdin -v error -i "$clip" -pix_fmt yuv420p "$tmp/clip.y4m"
+    check "y4m: the same pixels but for rounding and chroma" pixels "$tmp/mp4.npy" 0.05 "$jepa" "$tmp/clip.y4m"
+    check "mp4 to portrait, odd size" ffmpeg -nostdin -v error -i "$clip" -vf transpose=1,scale=121:243 -pix_fmt yuv444p "$tmp/-o dd.mkv"
+    check "portrait, odd size, awkward name" classify "$jepa" "$tmp/-o dd.mkv"
+    (cd "$tmp" && mv -- "-o dd.mkv" "http:x.mkv")
+    check "a name that looks like an address" sh -c "cd $tmp && $build/classify $PWD/$jepa http:x.mkv"
+    check "a frame more than there are" rejected "at least 97 frames, found 96" "$jepa" "$clip" --num-frames 97
+    check "a text file" rejected "Invalid data" "$jepa" README.md
+    check "sound only" ffmpeg -nostdin -v error -f lavfi -i sine=duration=1 "$tmp/sound.wav"
+    check "sound only: rejected" rejected "matches no streams" "$jepa" "$tmp/sound.wav"
+else
+    echo "# no ffmpeg: compressed video is not checked"
+fi
+check "ffmpeg is missing" sh -c "PATH=/nonexistent $build/classify $jepa $clip 2>&1 | grep -q 'needs ffmpeg in PATH'"
+
+echo "# arguments"
+check "none" rejected "expected MODEL"
+check "no input" rejected "expected MODEL" "$jepa"
+check "two inputs" rejected "expected MODEL" "$jepa" "$clip" --pixels "$jepa/pixel_values.npy"
+check "unknown option" rejected "unknown option --fast" "$jepa" "$clip" --fast
+check "no value" sh -c "$build/classify $jepa $clip --threads 2>&1 | grep -q -e '--threads needs a value'"
+check "no number" rejected "threads 2x: expected N" "$jepa" "$clip" --threads 2x
+check "not in the list" rejected "score best: expected sample|" "$jepa" "$clip" --score best
+check "bad list" rejected "level-end .1,,.2: expected F,F" "$jepa" "$clip" --level-end .1,,.2
+check "unknown preset" rejected "no such preset" "$jepa" "$clip" --preset none
+check "causal preset" rejected "causal" "$jepa" "$clip" --preset qwen2.5-vl
+check "a block size the library rejects" rejected "block_k" "$jepa" --pixels "$jepa/pixel_values.npy" --block-k 48
+check "frames for VideoMAE" rejected "takes exactly 8" "$mae" "$clip" --num-frames 16
+check "output cannot be written" sh -c "$build/classify $jepa --pixels $jepa/pixel_values.npy --logits /nonexistent/l.npy; [ \$? -eq 2 ]"
+
+echo "# input arrays"
+check "no file" rejected "No such file" "$jepa" --pixels "$tmp/none.npy"
+check "frames as pixels" rejected "expected float32 .clips" "$jepa" --pixels "$jepa/frames_u8.npy"
+check "pixels as frames" rejected "expected uint8" "$jepa" --frames "$jepa/pixel_values.npy"
+check "another size" rejected "the model takes 8 frames of 64 x 64" "$mae" --pixels "$jepa/pixel_values.npy"
+head -c 3000 "$jepa/pixel_values.npy" >"$tmp/cut.npy"
+check "cut short" rejected "cut.npy" "$jepa" --pixels "$tmp/cut.npy"
+
+echo "# videos"
+check "no file" rejected "No such file" "$jepa" "$tmp/none.mp4"
+head -c 20000 "$tmp/420.y4m" >"$tmp/cut.y4m"
+check "y4m cut short" rejected "cut short" "$jepa" "$tmp/cut.y4m"
+sed '1s/420jpeg/420p10/' "$tmp/420.y4m" >"$tmp/deep.y4m"
+check "y4m of 10 bits" rejected "found 420p10" "$jepa" "$tmp/deep.y4m"
+sed '1s/W37/W0/' "$tmp/420.y4m" >"$tmp/flat.y4m"
+check "y4m of no width" rejected "found 0 x 53" "$jepa" "$tmp/flat.y4m"
+
+echo "# checkpoints"
+in="--pixels $jepa/pixel_values.npy"
+check "no folder" rejected "config.json: No such file" "$tmp/nothing" $in
+cut "$jepa" config.json 200
+check "config.json cut short" rejected "config.json: not valid JSON" "$tmp/model" $in
+variant "$jepa" config.json 's/"vjepa2"/"llama"/'
+check "another model" rejected "expected videomae or vjepa2" "$tmp/model" $in
+variant "$jepa" config.json 's/"gelu"/"gelu_new"/'
+check "another activation" rejected "expected gelu, found gelu_new" "$tmp/model" $in
+variant "$jepa" config.json 's/"patch_size": 8/"patch_size": "8"/'
+check "text for a number" rejected "\"patch_size\": expected" "$tmp/model" $in
+variant "$jepa" config.json 's/"num_attention_heads": 2/"num_attention_heads": 3/'
+check "heads that do not divide" rejected "num_attention_heads 3" "$tmp/model" $in
+variant "$jepa" config.json 's/"5": "bowling"/"6": "bowling"/'
+check "a label number too high" rejected "id2label" "$tmp/model" $in
+variant "$jepa" config.json '/"0": "abseiling"/d; s/"5": "bowling"/"0": "bowling"/'
+check "a label too few" rejected "classifier.weight: expected shape .5, 64., found .6, 64." "$tmp/model" $in
+variant "$jepa" config.json 's/"num_hidden_layers": 3/"num_hidden_layers": 4/'
+check "a layer too many" rejected "vjepa2.encoder.layer.3.norm1.weight is missing" "$tmp/model" $in
+variant "$jepa" config.json ''
+rm "$tmp/model/video_preprocessor_config.json"
+check "no preprocessor settings" rejected "found no video_preprocessor_config.json" "$tmp/model" --frames "$jepa/frames_u8.npy"
+variant "$jepa" video_preprocessor_config.json 's/"resample": 2/"resample": 5/'
+check "unknown resampling" rejected "resample" "$tmp/model" --frames "$jepa/frames_u8.npy"
+
+size=$(wc -c <"$jepa/model.safetensors")
+for n in 0 7 8 100 20000 $((size / 2)) $((size - 1)); do
+    cut "$jepa" model.safetensors "$n"
+    check "safetensors cut to $n of $size bytes" rejected "model.safetensors: " "$tmp/model" $in
+done
+variant "$jepa" model.safetensors 's/"classifier.bias"/"classifier.bxxs"/'
+check "a tensor is missing" rejected "classifier.bias is missing; expected one of shape .6." "$tmp/model" $in
+variant "$jepa" model.safetensors 's/"shape":\[6,64\]/"shape":[64,6]/'
+check "a tensor of another shape" rejected "expected shape .6, 64., found .64, 6." "$tmp/model" $in
+variant "$jepa" model.safetensors 's/"shape":\[6,64\]/"shape":[6,63]/'
+check "a shape that does not fill the data" rejected "expected 1512 bytes for its shape, found 1536" "$tmp/model" $in
+variant "$jepa" model.safetensors 's/"F32"/"I32"/g'
+check "a type that is no weight's" rejected "expected type F32, F16 or BF16, found I32" "$tmp/model" $in
+variant "$jepa" model.safetensors 's/"classifier.bias":{/"classifier.bias":[/'
+check "a broken header" rejected "not valid JSON" "$tmp/model" $in
+variant "$mae" model.safetensors 's/layer.1.attention.attention.v_bias/layer.1.attention.attention.x_bias/'
+check "VideoMAE: no value bias" rejected "v_bias is missing" "$tmp/model" --pixels "$mae/pixel_values.npy"
+
+in="--pixels $sharded/pixel_values.npy"
+variant "$sharded" config.json ''
+rm "$tmp/model/model-00002-of-00003.safetensors"
+check "a shard is missing" rejected "model-00002-of-00003.safetensors: No such file" "$tmp/model" $in
+variant "$sharded" model.safetensors.index.json '/classifier.bias/s/0000.-of/00002-of/'
+check "the index is wrong" rejected "classifier.bias is not in model-00002" "$tmp/model" $in
+variant "$sharded" model.safetensors.index.json '/classifier.bias/s/model-0000.-of/..\/model-of/'
+check "the index leaves the folder" rejected "the name of a file beside the index" "$tmp/model" $in
+rm "$tmp/model/model.safetensors.index.json"
+check "no weights" rejected "neither model.safetensors nor" "$tmp/model" $in
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
