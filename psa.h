@@ -741,12 +741,13 @@ typedef struct psa__leaves {
     void (*pack)(int nv, float *qt, const float *rows, int64_t d, float scale);
     void (*unpack)(int nv, float *rows, const float *ot, int64_t dv, const float *scale);
 
-    /* s = K Q^T */
-    void (*qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d, float *s);
-    /* Online softmax, base 2: s becomes exp2(s + bias - m); m, l[nv * lanes] and ot are brought up to date.
-     * bias[n] may be NULL (0). first[n]: lanes below it do not see the key; NULL: all see all. */
-    void (*softmax)(int nv, float *s, int64_t n, const float *bias, const int32_t *first, float *m, float *l, float *ot,
-                    int64_t dv);
+    /* s = K Q^T + bias, top[nv * lanes] = its maxima over the keys. bias (padded as k) may be NULL: 0. */
+    void (*qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d, const float *bias, float *s,
+               float *top);
+    /* Keys are hidden from lanes below first[key]: their logits become -inf, top the maxima of what is left. */
+    void (*hide)(int nv, float *s, int64_t n, const int32_t *first, float *top);
+    /* Online softmax, base 2: s becomes exp2(s - m); m, l[nv * lanes] and ot are brought up to date. */
+    void (*softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot, int64_t dv);
     /* ot += V^T s */
     void (*pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot);
 
@@ -1184,15 +1185,17 @@ static PSA__TARGET void PSA__(unpack)(int nv, float *rows, const float *ot, int6
 /* The hot tiles. nv and rows are constants after inlining, so the accumulators live in registers. */
 
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float *PSA__RESTRICT qt,
-                                                   const float *const *k, int64_t n, int64_t d,
-                                                   float *PSA__RESTRICT s)
+                                                   const float *const *k, int64_t n, int64_t d, const float *bias,
+                                                   float *PSA__RESTRICT s, float *PSA__RESTRICT top)
 {
+    PSA__V most[PSA__NV];
+    PSA__UNROLL for (int j = 0; j < nv; j++) most[j] = PSA__(splat)(-INFINITY);
     for (int64_t key = 0; key < n; key += rows) {
         PSA__V acc[8][PSA__NV];
         const float *row[8];
         PSA__UNROLL for (int i = 0; i < rows; i++) {
             row[i] = k[key + i];
-            PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(splat)(0.0f);
+            PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(splat)(bias ? bias[key + i] : 0.0f);
         }
         for (int64_t x = 0; x < d; x++) {
             PSA__V q[PSA__NV];
@@ -1207,9 +1210,13 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float
             }
         }
         PSA__UNROLL for (int i = 0; i < rows; i++) {
-            PSA__UNROLL for (int j = 0; j < nv; j++) PSA__(store)(s + ((key + i) * nv + j) * PSA__W, acc[i][j]);
+            PSA__UNROLL for (int j = 0; j < nv; j++) {
+                PSA__(store)(s + ((key + i) * nv + j) * PSA__W, acc[i][j]);
+                most[j] = PSA__(max)(acc[i][j], most[j]);
+            }
         }
     }
+    PSA__UNROLL for (int j = 0; j < nv; j++) PSA__(store)(top + j * PSA__W, most[j]);
 }
 
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float *PSA__RESTRICT s,
@@ -1241,13 +1248,14 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float
     }
 }
 
-static PSA__TARGET void PSA__(qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d, float *s)
+static PSA__TARGET void PSA__(qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d,
+                                  const float *bias, float *s, float *top)
 {
     switch (nv) {
-    case 1: PSA__(qk_tile)(1, PSA__ROWS(1), qt, k, n, d, s); break;
-    case 2: PSA__(qk_tile)(2, PSA__ROWS(2), qt, k, n, d, s); break;
-    case 3: PSA__(qk_tile)(3, PSA__ROWS(3), qt, k, n, d, s); break;
-    default: PSA__(qk_tile)(PSA__NV, PSA__ROWS(PSA__NV), qt, k, n, d, s); break;
+    case 1: PSA__(qk_tile)(1, PSA__ROWS(1), qt, k, n, d, bias, s, top); break;
+    case 2: PSA__(qk_tile)(2, PSA__ROWS(2), qt, k, n, d, bias, s, top); break;
+    case 3: PSA__(qk_tile)(3, PSA__ROWS(3), qt, k, n, d, bias, s, top); break;
+    default: PSA__(qk_tile)(PSA__NV, PSA__ROWS(PSA__NV), qt, k, n, d, bias, s, top); break;
     }
 }
 
@@ -1261,36 +1269,31 @@ static PSA__TARGET void PSA__(pv)(int nv, const float *s, const float *const *v,
     }
 }
 
-/* Adds the bias, hides what lanes do not see, and returns the lanes' maxima in top. */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(logits)(int nv, float *s, int64_t n, const float *bias, const int32_t *first,
-                                                  PSA__V *top)
+static PSA__TARGET void PSA__(hide)(int nv, float *s, int64_t n, const int32_t *first, float *top)
 {
     const PSA__V hidden = PSA__(splat)(-INFINITY);
-    for (int j = 0; j < nv; j++) top[j] = hidden;
-    for (int64_t key = 0; key < n; key++) {
-        const PSA__V b = PSA__(splat)(bias ? bias[key] : 0.0f);
-        for (int j = 0; j < nv; j++) {
+    for (int j = 0; j < nv; j++) {
+        PSA__V most = hidden;
+        for (int64_t key = 0; key < n; key++) {
             float *at = s + (key * nv + j) * PSA__W;
-            PSA__V x = PSA__(load)(at);
-            if (bias) x = PSA__(add)(x, b);
-            if (first) x = PSA__(from_lane)(first[key] - j * PSA__W, x, hidden);
-            if (bias || first) PSA__(store)(at, x);
-            top[j] = PSA__(max)(x, top[j]);
+            PSA__V x = PSA__(from_lane)(first[key] - j * PSA__W, PSA__(load)(at), hidden);
+            PSA__(store)(at, x);
+            most = PSA__(max)(x, most);
         }
+        PSA__(store)(top + j * PSA__W, most);
     }
 }
 
-static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float *bias, const int32_t *first, float *m,
-                                       float *l, float *ot, int64_t dv)
+static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot,
+                                       int64_t dv)
 {
-    PSA__V top[PSA__NV];
     int grew = 0;
-    PSA__(logits)(nv, s, n, bias, first, top);
     for (int j = 0; j < nv; j++) {
-        grew |= PSA__(any_greater)(top[j], PSA__(add)(PSA__(load)(m + j * PSA__W), PSA__(splat)(PSA__RESCALE)));
+        PSA__V limit = PSA__(add)(PSA__(load)(m + j * PSA__W), PSA__(splat)(PSA__RESCALE));
+        grew |= PSA__(any_greater)(PSA__(load)(top + j * PSA__W), limit);
     }
     for (int j = 0; grew && j < nv; j++) {
-        PSA__V old = PSA__(load)(m + j * PSA__W), now = PSA__(max)(top[j], old);
+        PSA__V old = PSA__(load)(m + j * PSA__W), now = PSA__(max)(PSA__(load)(top + j * PSA__W), old);
         PSA__V shrink = PSA__(exp2)(PSA__(sub)(old, now));
         PSA__(store)(m + j * PSA__W, now);
         PSA__(store)(l + j * PSA__W, PSA__(mul)(PSA__(load)(l + j * PSA__W), shrink));
@@ -1378,8 +1381,8 @@ static const psa__leaves PSA__(leaves) = {
 #endif
     PSA__W,           PSA__NV,          PSA__(to_f32),        psa__from_f32,             PSA__(sum),
     PSA__(scale),     PSA__(dot),       PSA__(pack),          PSA__(unpack),             PSA__(qk),
-    PSA__(softmax),   PSA__(pv),        PSA__(block_max),     PSA__(row_mass),           PSA__(denormals_off),
-    PSA__(denormals_restore)};
+    PSA__(hide),      PSA__(softmax),   PSA__(pv),            PSA__(block_max),          PSA__(row_mass),
+    PSA__(denormals_off), PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -1821,7 +1824,8 @@ static int64_t psa__score_lanes(const psa_plan *p)
 typedef struct psa__scratch {
     float *qt;           /* query tiles, [D][lanes] each */
     float *s;            /* logits, [keys][lanes of one tile] */
-    float *m, *l;        /* per lane */
+    float *m, *l;        /* per lane: running maximum and denominator */
+    float *top;          /* per lane of one tile: maximum over the tile */
     float *ot;           /* output tiles, [Dv][lanes] each */
     float *rows;         /* query rows before packing, output rows after unpacking */
     float *k, *v;        /* converted rows */
@@ -1852,6 +1856,7 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.s = (float *)(b + psa__take(&at, keys * 64, f));
     s.m = (float *)(b + psa__take(&at, lanes, f));
     s.l = (float *)(b + psa__take(&at, lanes, f));
+    s.top = (float *)(b + psa__take(&at, 64, f));
     s.ot = (float *)(b + psa__take(&at, dv * lanes, f));
     s.rows = (float *)(b + psa__take(&at, query > rows ? query : rows, f));
     s.k = (float *)(b + psa__take(&at, d * PSA_MAX_BLOCK_K, f));
@@ -2269,7 +2274,7 @@ static int64_t psa__score_block(const psa_plan *p, const void *k, const char *ba
         int32_t first[PSA_MAX_BLOCK_K];
         float *bm = w->bm + jk * padded + lane, *bs = sums ? w->bs + jk * padded + lane : NULL;
         for (int64_t i = 0; straddles && i < keys; i++) first[i] = w->first[i] - (int32_t)lane;
-        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, w->s);
+        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, NULL, w->s, w->top);
         p->leaves->block_max(tiles->nv[t], w->s, keys, straddles ? first : NULL, bm, bs);
         lane += tiles->nv[t] * p->leaves->lanes;
     }
@@ -2535,14 +2540,15 @@ static void psa__stream_flush(psa__stream *st)
     int finite = !st->straddles || psa__v_finite(st);
     if (n == 0) return;
     psa__pad_pointers(w->kp, n);
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->bias[i] = w->bias[n - 1];
     for (int t = 0; t < st->tiles.n; t++) {
         int nv = st->tiles.nv[t];
         int64_t width = nv * f->lanes;
         float *ot = w->ot + lane * dv;
         for (int64_t i = 0; st->straddles && i < n; i++) first[i] = w->first[i] - (int32_t)lane;
-        f->qk(nv, w->qt + lane * d, w->kp, n, d, w->s);
-        f->softmax(nv, w->s, n, st->pooled ? w->bias : NULL, st->straddles ? first : NULL, w->m + lane, w->l + lane, ot,
-                   dv);
+        f->qk(nv, w->qt + lane * d, w->kp, n, d, st->pooled ? w->bias : NULL, w->s, w->top);
+        if (st->straddles) f->hide(nv, w->s, n, first, w->top);
+        f->softmax(nv, w->s, n, w->top, w->m + lane, w->l + lane, ot, dv);
         if (finite) f->pv(nv, w->s, w->vp, n, dv, ot);
         else psa__pv_hidden(st, width, first, w->s, ot);
         lane += width;
