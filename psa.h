@@ -173,7 +173,7 @@ extern "C" {
     X(PSA_ERR_HEAD_DIM, "head size: D and Dv must be multiples of 8 from 8 to 256")                                    \
     X(PSA_ERR_HEADS, "heads: the query heads must be a multiple of the KV heads")                                      \
     X(PSA_ERR_STRIDE, "strides: a row must be contiguous, and rows of out must not overlap")                           \
-    X(PSA_ERR_OVERFLOW, "a size does not fit into size_t")                                                             \
+    X(PSA_ERR_OVERFLOW, "a size does not fit into size_t, or N into 31 bits")                                          \
     X(PSA_ERR_BLOCK, "blocks: block_q must be 16 to 256, block_k 16, 32, 64 or 128")                                   \
     X(PSA_ERR_SCALE, "scale must be finite")                                                                           \
     X(PSA_ERR_SCORE, "score: unknown kind, sample share outside (0,1], or a stride that does not divide both blocks")  \
@@ -197,7 +197,7 @@ typedef enum psa_result {
 
 typedef enum psa_type { PSA_F32 = 0, PSA_F16, PSA_BF16 } psa_type;
 
-/* Instruction sets. AUTO takes the best one that the CPU and the operating system support. AVX2 includes FMA and F16C. */
+/* Instruction sets. AUTO takes the best one that CPU and operating system support. AVX2 includes FMA and F16C. */
 typedef enum psa_isa {
     PSA_ISA_AUTO = 0,
     PSA_ISA_SCALAR,
@@ -232,7 +232,8 @@ typedef enum psa_order_kind {
 
 /* A view of a 4-D tensor. ne: extents, innermost first: D (head size), N (tokens), H (heads), B (batch).
  * nb: byte strides of the same axes; nb[0] is the element size, the others are free (0 repeats an input).
- * These are ggml's ne and nb; a PyTorch tensor [B,H,N,D] maps by reversing shape and strides. Data may be unaligned. */
+ * These are ggml's ne and nb; a PyTorch tensor [B,H,N,D] maps by reversing shape and strides. Data may be unaligned.
+ * N is below 2^31 (orders hold 32-bit indices). */
 typedef struct psa_tensor {
     void *data;
     psa_type type;
@@ -247,13 +248,13 @@ typedef struct psa_order {
     int64_t stride_h, stride_b;
 } psa_order;
 
-/* Runs task(ctx, ith, nth) for every ith in [0,nth), in any order, at the same time or not; returns when all are done. */
+/* Runs task(ctx, ith, nth) for every ith in [0,nth), in any order, together or not; returns when all are done. */
 typedef void psa_task_fn(void *ctx, int ith, int nth);
 typedef void psa_parallel_fn(void *user, int nth, psa_task_fn *task, void *ctx);
 
 typedef void *psa_alloc_fn(void *user, size_t size);        /* NULL when there is no memory; any alignment will do */
 typedef void psa_free_fn(void *user, void *ptr);            /* ptr came from alloc_fn and is not NULL */
-typedef void psa_log_fn(void *user, const char *message);   /* one line without newline: what, where, what was expected */
+typedef void psa_log_fn(void *user, const char *message);   /* one line: what, where, what was expected */
 
 /* ================================================================================================================= */
 /* >>desc                                                                                                            */
@@ -329,8 +330,8 @@ typedef struct psa_plan {
 } psa_plan;
 
 /* Validates desc and shapes and fills *plan. The tensors' data pointers are not looked at. v and out may be NULL for a
- * plan that only scores and masks. Fails with any code of PSA_RESULTS that names what is wrong; *plan is then untouched.
- * Reads the order index arrays (to check that they are permutations). */
+ * plan that only scores and masks. Fails with any code of PSA_RESULTS that names what is wrong; *plan is then
+ * untouched. Reads the order index arrays (to check that they are permutations). */
 PSA_API psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const psa_tensor *q, const psa_tensor *k,
                                  const psa_tensor *v, const psa_tensor *out);
 
@@ -350,7 +351,7 @@ PSA_API size_t psa_map_size(const psa_plan *plan);
  * psa_plan_init, with the plan's shapes and strides. Outputs must not overlap inputs. */
 
 /* Means of K and V at levels 2, 4, ... and the similarity cap, into work. v NULL: K only (for scoring and masks).
- * A dense plan needs no pooling and returns at once. Source: paper section 3.2 (multi-level pooling), SPEC 2 and 5. */
+ * A dense plan needs no pooling and returns at once. Source: paper section 3.2 (multi-level pooling). */
 PSA_API psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth);
 
 /* scores: f32 [B][Hq][nq][nk], each row sums to 1; pairs that causality hides are 0. Needs psa_pool before it if
@@ -360,14 +361,14 @@ PSA_API psa_result psa_score(const psa_plan *plan, const void *q, const void *k,
                              int nth);
 
 /* levels: u8 [B][Hq][nq][nk], pooling factor of each pair, 0 = skipped. Needs psa_pool before it if n_sim_min > 0.
- * scores may be NULL for a dense plan. Source: paper Algorithm 2, SPEC 5. */
+ * scores may be NULL for a dense plan. Source: paper Algorithm 2. */
 PSA_API psa_result psa_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, int ith, int nth);
 
 /* out (and lse, natural log, f32 [B][Hq][Nq], NULL: not wanted) from q, k, v and a level map: the one psa_mask made, an
- * edited one, one kept from an earlier step, or the caller's own. Causality overrides the map: pairs on the diagonal are
- * read at level 1, hidden pairs not at all. levels NULL: dense. Needs psa_pool before it unless every level is 0 or 1.
- * A row with nothing to see gives out = 0, lse = -inf. A bad map gives PSA_ERR_LEVEL_MAP and nothing is written.
- * Source: paper section 3.4 (decoupled block-tile), SPEC 3. */
+ * edited one, one kept from an earlier step, or the caller's own. Causality overrides the map: pairs on the
+ * diagonal are read at level 1, hidden pairs not at all. levels NULL: dense. Needs psa_pool before it unless every
+ * level is 0 or 1. A row with nothing to see gives out = 0, lse = -inf. A bad map gives PSA_ERR_LEVEL_MAP and
+ * nothing is written. Source: paper section 3.4 (decoupled block-tile). */
 PSA_API psa_result psa_attend(const psa_plan *plan, const void *q, const void *k, const void *v, const uint8_t *levels,
                               void *work, void *out, float *lse, int ith, int nth);
 
@@ -393,7 +394,7 @@ typedef struct psa_stats {
     int64_t level_blocks[PSA_MAX_LEVELS + 1]; /* pairs skipped, at level 1, 2, 4, ... */
 } psa_stats;
 
-/* What a level map costs, for one batch and head, or with b = -1 and h = -1 over all of them. */
+/* What a level map costs, for one batch and head, or with b = -1 and h = -1 over all of them. levels NULL: dense. */
 PSA_API psa_result psa_stats_from_levels(const psa_plan *plan, const uint8_t *levels, int64_t b, int64_t h,
                                          psa_stats *stats);
 
@@ -434,14 +435,15 @@ PSA_API psa_result psa_order_tile(int t, int h, int w, int tile_t, int tile_h, i
  * the video tokens; the n_prefix entries before and n_suffix after it become the tokens that stay in place. */
 PSA_API void psa_order_embed(int32_t *index, int64_t n_prefix, int64_t n_video, int64_t n_suffix);
 
-/* Semantic order: k-means on the tokens of every head of x [B,H,N,D]; tokens sorted by cluster, then by index. The first
- * n_prefix and last n_suffix tokens stay in place. index: int32 [B][H][N] (a psa_order with stride_h N, stride_b H*N).
- * centroids: f32 [B][H][n_clusters][D]; with carried they are the start (an earlier step's result) and n_iter 1 or 2
- * will do, otherwise the start is taken from x; in both cases they hold the result. Heads are split over threads.
- * work: psa_order_semantic_work_size bytes (0 if a size does not fit). */
+/* Semantic order: k-means on the tokens of every head of x [B,H,N,D]; tokens sorted by cluster, then by index. The
+ * first n_prefix and last n_suffix tokens stay in place. index: int32 [B][H][N] (a psa_order with stride_h N,
+ * stride_b H*N). centroids: f32 [B][H][n_clusters][D]; with carried they are the start (an earlier step's result)
+ * and n_iter 1 or 2 will do, otherwise the start is taken from x; in both cases they hold the result. Heads are
+ * split over threads. work: psa_order_semantic_work_size bytes (0 if a size does not fit). */
 PSA_API size_t psa_order_semantic_work_size(const psa_tensor *x, int n_clusters, int nth);
-PSA_API psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters, int n_iter,
-                                      float *centroids, int carried, int32_t *index, void *work, int ith, int nth);
+PSA_API psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters,
+                                      int n_iter, float *centroids, int carried, int32_t *index, void *work, int ith,
+                                      int nth);
 
 /* out[p] = in[order[p]], and back: out[order[p]] = in[p]. in and out: same type and extents, must not overlap. For
  * callers who reorder activations once for a whole model; desc.order_q and order_k need no copy. */
@@ -754,9 +756,9 @@ typedef struct psa__leaves {
     /* Scoring. Over n keys, for every lane: bm = max s and, if bs is not NULL, bs = sum of exp2(s - bm).
      * NaN counts as not seen; bm of a lane that sees nothing is -BIG. */
     void (*block_max)(int nv, const float *s, int64_t n, const int32_t *first, float *bm, float *bs);
-    /* score[j], j < n, from bm and bs [n][lanes]: with m a lane's maximum over all j, the maximum of exp2(bm - m) or the
-     * sum of bs * exp2(bm - m) over the first n_lanes lanes, with norm divided by the lane's softmax denominator.
-     * bs may be NULL for a maximum without norm. m[lanes], z[lanes]: scratch. */
+    /* score[j], j < n, from bm and bs [n][lanes]: with m a lane's maximum over all j, the maximum of exp2(bm - m) or
+     * the sum of bs * exp2(bm - m) over the first n_lanes lanes, with norm divided by the lane's softmax
+     * denominator. bs may be NULL for a maximum without norm. m[lanes], z[lanes]: scratch. */
     void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t n, const float *bm, const float *bs, int use_max, int norm,
                      float *m, float *z, float *score);
 
@@ -1379,10 +1381,9 @@ static const psa__leaves PSA__(leaves) = {
 #else
     "neon",
 #endif
-    PSA__W,           PSA__NV,          PSA__(to_f32),        psa__from_f32,             PSA__(sum),
-    PSA__(scale),     PSA__(dot),       PSA__(pack),          PSA__(unpack),             PSA__(qk),
-    PSA__(hide),      PSA__(softmax),   PSA__(pv),            PSA__(block_max),          PSA__(row_mass),
-    PSA__(denormals_off), PSA__(denormals_restore)};
+    PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(pack), PSA__(unpack),
+    PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(block_max), PSA__(row_mass), PSA__(denormals_off),
+    PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -2055,8 +2056,8 @@ static void psa__pool_bias(const psa_plan *p, float *bias, int64_t b, int64_t hk
     }
 }
 
-/* The similarity cap of a block of keys: the coarsest level whose groups' first and last tokens have a mean cosine above
- * the level's threshold; 1 if none has. */
+/* The similarity cap of a block of keys: the coarsest level whose groups' first and last tokens have a mean cosine
+ * above the level's threshold; 1 if none has. */
 static uint8_t psa__similarity_cap(const psa_plan *p, const float *const *rows, int64_t jk)
 {
     int64_t n = psa__block_k_rows(p, jk), d = p->D;
@@ -2078,8 +2079,8 @@ static uint8_t psa__similarity_cap(const psa_plan *p, const float *const *rows, 
 }
 
 /* The rows of a KV block as f32 pointers. */
-static void psa__block_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv, int64_t jk,
-                            float *space, const float **rows)
+static void psa__block_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv,
+                            int64_t jk, float *space, const float **rows)
 {
     int64_t n = psa__block_k_rows(p, jk), begin = jk * p->desc.block_k;
     for (int64_t i = 0; i < n; i++) {
@@ -2330,7 +2331,8 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
     mode = plan->leaves->denormals_off();
     for (int64_t task = begin; task < end; task++) {
         int64_t iq = task % plan->nq, head = task / plan->nq;
-        psa__score_row(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq, &w, scores + task * plan->nk);
+        float *row = scores + task * plan->nk;
+        psa__score_row(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq, &w, row);
     }
     plan->leaves->denormals_restore(mode);
     return PSA_OK;
@@ -2507,8 +2509,8 @@ typedef struct psa__stream {
     int64_t rows;            /* rows read so end by this query block */
 } psa__stream;
 
-/* ot += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0, but
- * 0 * Inf is NaN, so it must not be touched at all. */
+/* ot += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0,
+ * but 0 * Inf is NaN, so it must not be touched at all. */
 static void psa__pv_hidden(psa__stream *st, int64_t width, const int32_t *first, const float *s, float *ot)
 {
     for (int64_t key = 0; key < st->n; key++) {
@@ -2667,7 +2669,8 @@ static void psa__rows_of_levels(const psa_plan *p, int rows[256])
     for (int i = 0; i < p->n_levels; i++) rows[1 << i] = p->desc.block_k >> i;
 }
 
-/* The rows that query block iq will read, roughly (ragged tails count in full); -1 if the map holds an invalid level. */
+/* The rows that query block iq will read, roughly (ragged tails count in full); -1 if the map holds an invalid
+ * level. */
 static int64_t psa__block_cost(const psa_plan *p, const int rows[256], const uint8_t *level, int64_t iq)
 {
     int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq), cost = 0;
@@ -2838,8 +2841,9 @@ typedef struct psa__curve {
     int32_t *next;
 } psa__curve;
 
-/* Walks the box at p spanned by a (the main direction), b and c, from corner to corner along a. Recursion depth is about
- * 2 log2 of the longest side. Source: Cerveny, generalized Hilbert ("Gilbert") space-filling curve for 3-D boxes. */
+/* Walks the box at p spanned by a (the main direction), b and c, from corner to corner along a. Recursion depth is
+ * about 2 log2 of the longest side. Source: Cerveny, generalized Hilbert ("Gilbert") space-filling curve for 3-D
+ * boxes. */
 static void psa__gilbert(psa__curve *out, psa__vec p, psa__vec a, psa__vec b, psa__vec c)
 {
     int w = abs(psa__vec_sum(a)), h = abs(psa__vec_sum(b)), d = abs(psa__vec_sum(c));
@@ -2866,7 +2870,8 @@ static void psa__gilbert(psa__curve *out, psa__vec p, psa__vec a, psa__vec b, ps
         psa__gilbert(out, psa__vec_add(psa__vec_add(end, 1, c2), -1, dc), psa__vec_add(zero, -1, c2),
                      psa__vec_add(zero, -1, a1), b);
     } else {
-        psa__vec deep = psa__vec_add(psa__vec_add(p, 1, c), -1, dc), up = psa__vec_add(psa__vec_add(zero, 1, b2), -1, db);
+        psa__vec deep = psa__vec_add(psa__vec_add(p, 1, c), -1, dc);
+        psa__vec up = psa__vec_add(psa__vec_add(zero, 1, b2), -1, db);
         psa__vec end_deep = psa__vec_add(psa__vec_add(end, 1, c), -1, dc);
         psa__gilbert(out, p, b2, c2, a2);
         psa__gilbert(out, psa__vec_add(p, 1, b2), c, a2, b1);
@@ -2953,7 +2958,8 @@ static size_t psa__kmeans_layout(const psa_tensor *x, int clusters, char *base, 
 {
     size_t at = 0, c = (size_t)clusters, d = (size_t)x->ne[0];
     uintptr_t b = (uintptr_t)base;
-    size_t label = psa__take(&at, (size_t)x->ne[1], sizeof(int32_t)), sum = psa__take(&at, psa__mul(c, d), sizeof(float));
+    size_t label = psa__take(&at, (size_t)x->ne[1], sizeof(int32_t));
+    size_t sum = psa__take(&at, psa__mul(c, d), sizeof(float));
     size_t half = psa__take(&at, c, sizeof(float)), size = psa__take(&at, c, sizeof(int64_t));
     size_t row = psa__take(&at, d, sizeof(float));
     if (w) {
@@ -3031,12 +3037,14 @@ static void psa__kmeans_order(psa__kmeans *w, int32_t *index)
     for (int64_t i = 0; i < w->n; i++) index[w->size[w->label[i]]++] = (int32_t)(w->first + i);
 }
 
-PSA__DEF psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters, int n_iter,
-                                       float *centroids, int carried, int32_t *index, void *work, int ith, int nth)
+PSA__DEF psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters,
+                                       int n_iter, float *centroids, int carried, int32_t *index, void *work, int ith,
+                                       int nth)
 {
     const psa__leaves *f = psa__leaves_of(PSA_ISA_AUTO);
     psa__kmeans w;
     int64_t begin, end, d;
+    size_t scratch_size;
     psa_result r;
     if (!x || !x->data || !centroids || !index || !work) return PSA_ERR_NULL;
     if ((r = psa__check_tensor(NULL, x, "x")) != PSA_OK) return r;
@@ -3049,7 +3057,8 @@ PSA__DEF psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, in
     w.first = n_prefix;
     w.n = x->ne[1] - n_prefix - n_suffix;
     w.clusters = n_clusters;
-    psa__kmeans_layout(x, n_clusters, psa__align(work) + (size_t)ith * psa__kmeans_layout(x, n_clusters, NULL, NULL), &w);
+    scratch_size = psa__kmeans_layout(x, n_clusters, NULL, NULL);
+    psa__kmeans_layout(x, n_clusters, psa__align(work) + (size_t)ith * scratch_size, &w);
     psa__share(x->ne[2] * x->ne[3], ith, nth, &begin, &end);
     for (int64_t head = begin; head < end; head++) {
         w.b = head / x->ne[2];
@@ -3283,7 +3292,9 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
         if (extra->levels_given && (r = psa__check_levels(&plan, c.levels)) != PSA_OK) return r;
     }
     c.work = alloc_fn(desc->alloc_user, plan.work_size);
-    if (c.work && !c.levels && !dense) c.levels = own_levels = (uint8_t *)alloc_fn(desc->alloc_user, psa_map_size(&plan));
+    if (c.work && !c.levels && !dense) {
+        c.levels = own_levels = (uint8_t *)alloc_fn(desc->alloc_user, psa_map_size(&plan));
+    }
     if (!c.work || (!c.levels && !dense)) {
         if (c.work) free_fn(desc->alloc_user, c.work);
         return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace",
@@ -3359,25 +3370,27 @@ typedef struct psa__preset {
     double sim_min[3];
 } psa__preset;
 
+#define PSA__T PSA_MASK_THRESHOLD
+#define PSA__K PSA_MASK_TOPK
+#define PSA__G PSA_ORDER_GILBERT
+#define PSA__N PSA_ORDER_NONE
 static const psa__preset psa__presets[] = {
-    {{"wan2.1-14b", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 16}, 128, PSA_MASK_THRESHOLD, {.4, .5, .6, .8}, .06, 0, {0, 0, 0}},
-    {{"wan2.1-1.3b", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 16},
-     128,
-     PSA_MASK_THRESHOLD,
-     {.5, .6, .7, .8},
-     .06,
-     3,
-     {.7, .65, .6}},
-    {{"wan2.1-1.3b-topk", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 16}, 32, PSA_MASK_TOPK, {.05, .1, .15, .25}, 0, 0, {0, 0, 0}},
-    {{"wan2.2-a14b", PSA_ORDER_GILBERT, 12, 0, 0, 4, 1, 16}, 32, PSA_MASK_THRESHOLD, {.5, .6, .6, .8}, .06, 0, {0, 0, 0}},
-    {{"wan2.2-5b", PSA_ORDER_GILBERT, 15, 0, 0, 4, 1, 32}, 32, PSA_MASK_THRESHOLD, {.6, .7, .7, .8}, .06, 0, {0, 0, 0}},
-    {{"cogvideox1.5-5b", PSA_ORDER_GILBERT, 15, 0, 226, 4, 2, 16}, 32, PSA_MASK_TOPK, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
-    {{"cogvideox-5b", PSA_ORDER_NONE, 15, 0, 226, 4, 1, 16}, 128, PSA_MASK_TOPK, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
-    {{"cogvideox-5b-4step", PSA_ORDER_NONE, 0, 0, 226, 4, 1, 16}, 128, PSA_MASK_TOPK, {.05, .15, .25, .5}, 0, 0, {0, 0, 0}},
-    {{"qwen2.5-vl", PSA_ORDER_NONE, 0, 0, 0, 0, 0, 0}, 128, PSA_MASK_THRESHOLD, {.7, .8, .9, .9}, 0, 3, {.75, .7, .7}},
-    {{"default", PSA_ORDER_NONE, 0, 0, 0, 0, 0, 0}, 64, PSA_MASK_TOPK, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
-    {{"paper-25", PSA_ORDER_GILBERT, 0, .25, 0, 0, 0, 0}, 64, PSA_MASK_TOPK, {.15, .25, .45, 0}, 0, 0, {0, 0, 0}},
+    {{"wan2.1-14b", PSA__G, 15, 0, 0, 4, 1, 16}, 128, PSA__T, {.4, .5, .6, .8}, .06, 0, {0, 0, 0}},
+    {{"wan2.1-1.3b", PSA__G, 15, 0, 0, 4, 1, 16}, 128, PSA__T, {.5, .6, .7, .8}, .06, 3, {.7, .65, .6}},
+    {{"wan2.1-1.3b-topk", PSA__G, 15, 0, 0, 4, 1, 16}, 32, PSA__K, {.05, .1, .15, .25}, 0, 0, {0, 0, 0}},
+    {{"wan2.2-a14b", PSA__G, 12, 0, 0, 4, 1, 16}, 32, PSA__T, {.5, .6, .6, .8}, .06, 0, {0, 0, 0}},
+    {{"wan2.2-5b", PSA__G, 15, 0, 0, 4, 1, 32}, 32, PSA__T, {.6, .7, .7, .8}, .06, 0, {0, 0, 0}},
+    {{"cogvideox1.5-5b", PSA__G, 15, 0, 226, 4, 2, 16}, 32, PSA__K, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
+    {{"cogvideox-5b", PSA__N, 15, 0, 226, 4, 1, 16}, 128, PSA__K, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
+    {{"cogvideox-5b-4step", PSA__N, 0, 0, 226, 4, 1, 16}, 128, PSA__K, {.05, .15, .25, .5}, 0, 0, {0, 0, 0}},
+    {{"qwen2.5-vl", PSA__N, 0, 0, 0, 0, 0, 0}, 128, PSA__T, {.7, .8, .9, .9}, 0, 3, {.75, .7, .7}},
+    {{"default", PSA__N, 0, 0, 0, 0, 0, 0}, 64, PSA__K, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
+    {{"paper-25", PSA__G, 0, .25, 0, 0, 0, 0}, 64, PSA__K, {.15, .25, .45, 0}, 0, 0, {0, 0, 0}},
 };
+#undef PSA__T
+#undef PSA__K
+#undef PSA__G
+#undef PSA__N
 
 PSA__DEF const char *psa_preset_name(int i)
 {
@@ -3425,7 +3438,8 @@ PSA__DEF psa_result psa_preset_grid(const psa_preset *preset, int frames, int he
 {
     int latent;
     if (!preset || !grid) return PSA_ERR_NULL;
-    if (preset->frame_step == 0 || frames < 1 || height < preset->patch_hw || width < preset->patch_hw) return PSA_ERR_GRID;
+    if (preset->frame_step == 0 || frames < 1) return PSA_ERR_GRID;
+    if (height < preset->patch_hw || width < preset->patch_hw) return PSA_ERR_GRID;
     latent = (frames - 1) / preset->frame_step + 1; /* the first frame stands alone */
     grid[0] = (latent + preset->patch_t - 1) / preset->patch_t;
     grid[1] = height / preset->patch_hw;
@@ -3444,14 +3458,14 @@ PSA__DEF psa_result psa_preset_grid(const psa_preset *preset, int frames, int he
  *
  * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
  * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
- * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
- * persons to whom the Software is furnished to do so, subject to the following conditions:
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+ * permit persons to whom the Software is furnished to do so, subject to the following conditions:
  *
  * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
  * Software.
  *
  * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
- * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
- * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS
+ * OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
  * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
  */
