@@ -351,12 +351,12 @@ PSA_API size_t psa_map_size(const psa_plan *plan);
  * psa_plan_init, with the plan's shapes and strides. Outputs must not overlap inputs. */
 
 /* Means of K and V at levels 2, 4, ... and the similarity cap, into work. v NULL: K only (for scoring and masks).
- * A dense plan needs no pooling and returns at once. Source: paper section 3.2 (multi-level pooling). */
+ * A dense plan needs no pooling and returns at once. Source: paper, "multi-level pooled KV". */
 PSA_API psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth);
 
 /* scores: f32 [B][Hq][nq][nk], each row sums to 1; pairs that causality hides are 0. Needs psa_pool before it if
  * desc.score is POOLED. A dense plan needs no scores and returns at once.
- * Source: paper section 3.3; XAttention for ANTIDIAGONAL. */
+ * Source: paper (sampled importance); XAttention for ANTIDIAGONAL. */
 PSA_API psa_result psa_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores, int ith,
                              int nth);
 
@@ -368,7 +368,7 @@ PSA_API psa_result psa_mask(const psa_plan *plan, const float *scores, void *wor
  * edited one, one kept from an earlier step, or the caller's own. Causality overrides the map: pairs on the
  * diagonal are read at level 1, hidden pairs not at all. levels NULL: dense. Needs psa_pool before it unless every
  * level is 0 or 1. A row with nothing to see gives out = 0, lse = -inf. A bad map gives PSA_ERR_LEVEL_MAP and
- * nothing is written. Source: paper section 3.4 (decoupled block-tile). */
+ * nothing is written. Source: paper, "decoupled block-tile". */
 PSA_API psa_result psa_attend(const psa_plan *plan, const void *q, const void *k, const void *v, const uint8_t *levels,
                               void *work, void *out, float *lse, int ith, int nth);
 

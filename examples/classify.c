@@ -29,7 +29,7 @@ typedef struct options {
     psa_desc desc;
 } options;
 
-typedef enum option_kind { FLAG, TEXT, NAME, INTEGER, SEED, REAL, INTEGERS, REALS } option_kind;
+typedef enum option_kind { FLAG, TEXT, NAME, ISA, INTEGER, SEED, REAL, INTEGERS, REALS } option_kind;
 
 typedef struct option {
     const char *name, *value, *help; /* value: what --help calls it; a NAME's alternatives */
@@ -44,32 +44,39 @@ typedef struct option {
 static const option option_table[] = {
     {"--dense", "", "dense attention", FLAG, AT(dense), 0, 0, 0},
     {"--compare", "", "run dense attention too and print both side by side", FLAG, AT(compare), 0, 0, 0},
-    {"--pixels", "FILE", "prepared input in place of videos: .npy, float32 [clips, frames, 3, height, width]", TEXT, AT(pixels), 0, 0, 0},
-    {"--frames", "FILE", "RGB frames in place of videos: .npy, uint8 [frames, height, width, 3]", TEXT, AT(frames), 0, 0, 0},
-    {"--num-frames", "N", "V-JEPA 2: frames to take from a video; default: the config's frames_per_clip", INTEGER, AT(num_frames), 1, 65536, 0},
+    {"--pixels", "FILE", "prepared input, no video: .npy, float32 [clips, frames, 3, height, width]", TEXT, AT(pixels),
+     0, 0, 0},
+    {"--frames", "FILE", "RGB frames, no video: .npy, uint8 [frames, height, width, 3]", TEXT, AT(frames), 0, 0, 0},
+    {"--num-frames", "N", "V-JEPA 2: frames to take from a video; default: the config's frames_per_clip", INTEGER,
+     AT(num_frames), 1, 65536, 0},
     {"--logits", "FILE", "write the logits: .npy, float32 [clips, labels]", TEXT, AT(logits), 0, 0, 0},
     {"--save-pixels", "FILE", "write the model's input for one video: .npy", TEXT, AT(save_pixels), 0, 0, 0},
     {"--json", "", "print the results as JSON", FLAG, AT(json), 0, 0, 0},
     {"--threads", "N", "default: all processors", INTEGER, AT(threads), 1, MAX_THREADS, 0},
-    {"--preset", "NAME", "settings of a published model (psa info); other options override them", TEXT, AT(preset), 0, 0, 0},
+    {"--preset", "NAME", "settings of a published model (psa info); other options override them", TEXT, AT(preset),
+     0, 0, 0},
     {"--block-q", "N", "query rows in a block", INTEGER, AT(desc.block_q), 1, PSA_MAX_BLOCK_Q, 0},
     {"--block-k", "N", "keys in a block", INTEGER, AT(desc.block_k), 1, PSA_MAX_BLOCK_K, 0},
-    {"--score", "sample|antidiagonal|pooled|exact", "how the importance of blocks is estimated", NAME, AT(desc.score), 0, 0, 0},
+    {"--score", "sample|antidiagonal|pooled|exact", "how the importance of blocks is estimated", NAME, AT(desc.score),
+     0, 0, 0},
     {"--score-norm", "", "sample: divide by the row's softmax denominator", FLAG, AT(desc.score_norm), 0, 0, 0},
     {"--sample", "F", "sample: share of the tokens of each block", REAL, AT(sample), 1e-9, 1, 0},
     {"--seed", "N", "sample: of the sampled offsets", SEED, AT(desc.seed), 0, 0, 0},
     {"--stride", "N", "antidiagonal: tokens in a group", INTEGER, AT(desc.stride), 1, PSA_MAX_BLOCK_Q, 0},
     {"--mask", "topk|threshold|dense", "how scores become levels", NAME, AT(desc.mask), 0, 0, 0},
-    {"--level-end", "F,F,...", "cumulative ends of levels 1, 2, 4, ...", REALS, AT(desc.level_end), 0, 1, PSA_MAX_LEVELS},
-    {"--level-count", "N,N,...", "topk: numbers of blocks at levels 1, 2, 4, ...", INTEGERS, AT(desc.level_count), 0, 1 << 30, PSA_MAX_LEVELS},
+    {"--level-end", "F,F,...", "cumulative ends of levels 1, 2, 4, ...", REALS, AT(desc.level_end), 0, 1,
+     PSA_MAX_LEVELS},
+    {"--level-count", "N,N,...", "topk: numbers of blocks at levels 1, 2, 4, ...", INTEGERS, AT(desc.level_count), 0,
+     1 << 30, PSA_MAX_LEVELS},
     {"--inclusive", "", "threshold: count the block's own mass too", FLAG, AT(desc.inclusive), 0, 0, 0},
     {"--min-full", "F", "threshold: share of blocks that are level 1 at least", REAL, AT(desc.min_full), 0, 1, 0},
-    {"--sim-min", "F,F,...", "mean cosine that levels 2, 4, ... must exceed", REALS, AT(desc.sim_min), -1e9, 1e9, PSA_MAX_LEVELS - 1},
+    {"--sim-min", "F,F,...", "mean cosine that levels 2, 4, ... must exceed", REALS, AT(desc.sim_min), -1e9, 1e9,
+     PSA_MAX_LEVELS - 1},
     {"--sink", "", "the first KV block is level 1 for everyone", FLAG, AT(desc.sink), 0, 0, 0},
     {"--diagonal", "", "a query block's own KV blocks are level 1", FLAG, AT(desc.diagonal), 0, 0, 0},
     {"--skip-mean", "", "a skipped block is read as one mean token", FLAG, AT(desc.skip_mean), 0, 0, 0},
     {"--order", "none|gilbert", "order of the tokens in blocks", NAME, AT(order), 0, 0, 0},
-    {"--isa", "auto|scalar|avx2|avx512", "instruction set of the attention", NAME, AT(desc.isa), 0, 0, 0},
+    {"--isa", "NAME", "instruction set of the attention (psa info lists them)", ISA, AT(desc.isa), 0, 0, 0},
     {"--help", "", "this text", FLAG, AT(help), 0, 0, 0},
 };
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
@@ -85,22 +92,31 @@ static int parse_name(const char *alternatives, const char *text) {
     }
 }
 
-/* One number up to the character `stop`; a whole one unless the option is a real. Returns what follows, NULL: invalid. */
+/* The instruction set of this name, PSA_ISA_END if there is none. */
+static psa_isa parse_isa(const char *text) {
+    int i = 0;
+    while (i < PSA_ISA_END && strcmp(psa_isa_name((psa_isa)i), text) != 0) i++;
+    return (psa_isa)i;
+}
+
+/* A number at the start of text, a whole one unless the option takes a real. Returns what follows it, NULL: invalid. */
 static const char *parse_number(const option *p, const char *text, double *value) {
     char *end;
     *value = strtod(text, &end);
-    if (end == text || isspace((unsigned char)*text) || strspn(text, "0123456789.eE+-") < (size_t)(end - text)) return NULL;
+    if (end == text || strspn(text, "0123456789.e-") < (size_t)(end - text)) return NULL; /* 0x10, nan, spaces */
     if (!(*value >= p->lo && *value <= p->hi)) return NULL;
     return p->kind == REAL || p->kind == REALS || *value == floor(*value) ? end : NULL;
 }
 
-/* Replaces a whole list; entries that are not given become 0. Returns the number of entries, 0 if it is invalid. */
+/* Replaces a whole list; entries that are not given become 0. Returns the number of entries, 0 if it is invalid. Levels
+ * that are all 0 are: the library would take them for the default. */
 static int parse_list(const option *p, const char *text, void *at) {
     double values[PSA_MAX_LEVELS] = {0};
-    int n = 0, more = 1;
+    int n = 0, more = 1, useful = p->lo < 0;
     while (more) {
-        const char *end = n < p->most ? parse_number(p, text, &values[n++]) : NULL;
+        const char *end = n < p->most ? parse_number(p, text, &values[n]) : NULL;
         if (!end || (*end && *end != ',')) return 0;
+        useful |= values[n++] != 0;
         more = *end == ',';
         text = end + 1;
     }
@@ -110,7 +126,7 @@ static int parse_list(const option *p, const char *text, void *at) {
         else
             ((int *)at)[i] = (int)values[i];
     }
-    return n;
+    return useful ? n : 0;
 }
 
 /* Stores an option's value; 0 if the text is not one. */
@@ -130,6 +146,8 @@ static int parse_value(const option *p, const char *text, options *o) {
         name = parse_name(p->value, text);
         memcpy(at, &name, sizeof name);
         return name >= 0;
+    case ISA:
+        return (*(psa_isa *)at = parse_isa(text)) != PSA_ISA_END;
     case SEED:
         errno = 0;
         *(uint64_t *)at = strtoull(text, &end, 10);
@@ -199,7 +217,7 @@ static void parse_options(options *o, int argc, char **argv) {
 
 static void print_help(void) {
     printf("classify MODEL VIDEO... [options]\n"
-           "Labels of videos by a VideoMAE or V-JEPA 2 checkpoint (a Hugging Face folder), with pyramid sparse attention.\n");
+           "Labels of videos by a VideoMAE or V-JEPA 2 checkpoint (a Hugging Face folder) with PSA.\n");
     for (int i = 0; i < OPTION_COUNT; i++) {
         char left[64];
         snprintf(left, sizeof left, "%s %s", option_table[i].name, option_table[i].value);
@@ -253,7 +271,8 @@ static void find_top(const double *p, int n, int top[TOP]) {
     }
 }
 
-static void run_model(job *j, const char *name, const psa_desc *desc, psa_order_kind order, const float *pixels, outcome *r) {
+static void run_model(job *j, const char *name, const psa_desc *desc, psa_order_kind order, const float *pixels,
+                      outcome *r) {
     int n = j->m.n_labels;
     r->logits = alloc((size_t)n, sizeof *r->logits);
     r->p = alloc((size_t)n, sizeof *r->p);
@@ -323,7 +342,8 @@ static void run_videos(job *j) {
     if (!j->m.is_vjepa2 && j->o.num_frames && j->o.num_frames != j->m.frames)
         die("--num-frames %d: this model takes exactly %d", j->o.num_frames, j->m.frames);
     j->results = alloc((size_t)n, sizeof *j->results);
-    for (int i = 0; i < n; i++) run_video(j, j->o.frames ? j->o.frames : j->o.videos[i], j->o.frames ? video_open_npy : video_open);
+    for (int i = 0; i < n; i++)
+        run_video(j, j->o.frames ? j->o.frames : j->o.videos[i], j->o.frames ? video_open_npy : video_open);
 }
 
 /* ---- report ----------------------------------------------------------------------------------------------------- */
@@ -354,14 +374,15 @@ static double divergence(const result *r, int n) {
 }
 
 static void print_outcome(const job *j, const char *name, const outcome *r) {
-    printf("  %-6s %8.3f %12.2f ms %9.2f ms   %.4f %s\n", name, r->density, 1e3 * r->attention_seconds, 1e3 * r->seconds,
-           r->p[r->top[0]], j->m.labels[r->top[0]]);
+    printf("  %-6s %8.3f %12.2f ms %9.2f ms   %.4f %s\n", name, r->density, 1e3 * r->attention_seconds,
+           1e3 * r->seconds, r->p[r->top[0]], j->m.labels[r->top[0]]);
 }
 
 static void print_result(const job *j, const result *r) {
     printf("%s: %d frames", r->name, r->frames);
     if (r->video_frames)
-        printf(", number i is floor(i * %lld / %d), read in %.0f ms", (long long)r->video_frames, r->frames, 1e3 * r->read_seconds);
+        printf(", number i is floor(i * %lld / %d), read in %.0f ms", (long long)r->video_frames, r->frames,
+               1e3 * r->read_seconds);
     printf("; %d x %d x %d tokens\n", r->grid[0], r->grid[1], r->grid[2]);
     for (int i = 0; i < TOP && r->main.top[i] >= 0; i++)
         printf("  %.4f  %s\n", r->main.p[r->main.top[i]], j->m.labels[r->main.top[i]]);
@@ -381,9 +402,11 @@ static int count_agreeing(const job *j) {
 }
 
 static void print_text(const job *j) {
-    printf("%s: %s, %d layers, %d heads of %d, %d labels; %d threads, psa %s, OpenBLAS %s\n", j->o.model, j->m.is_vjepa2 ? "V-JEPA 2" : "VideoMAE",
-           j->m.n_blocks + j->m.n_pooler, j->m.heads, j->m.C / j->m.heads, j->m.n_labels, j->o.threads,
-           psa_isa_name(j->o.desc.isa ? j->o.desc.isa : psa_isa_detect()), openblas_get_corename());
+    const model *m = &j->m;
+    psa_isa isa = j->o.desc.isa ? j->o.desc.isa : psa_isa_detect();
+    printf("%s: %s, %d layers, %d heads of %d, %d labels; %d threads, psa %s, OpenBLAS %s\n", j->o.model,
+           m->is_vjepa2 ? "V-JEPA 2" : "VideoMAE", m->n_blocks + m->n_pooler, m->heads, m->C / m->heads, m->n_labels,
+           j->o.threads, psa_isa_name(isa), openblas_get_corename());
     for (int i = 0; i < j->n_results; i++) print_result(j, &j->results[i]);
     if (j->o.compare && j->n_results > 1) printf("top-1 agrees on %d of %d clips\n", count_agreeing(j), j->n_results);
 }
@@ -448,8 +471,9 @@ static void job_free(job *j) {
  * loaded, from the environment if that says something: say it and start over. */
 static void choose_blas_kernels(char **argv) {
     psa_isa isa = psa_isa_detect();
-    if (isa < PSA_ISA_AVX2 || strcmp(openblas_get_corename(), "Prescott") != 0 || getenv("OPENBLAS_CORETYPE")) return;
-    if (setenv("OPENBLAS_CORETYPE", isa == PSA_ISA_AVX2 ? "Haswell" : "SkylakeX", 1) == 0) execv("/proc/self/exe", argv);
+    const char *kernels = isa == PSA_ISA_AVX512 ? "SkylakeX" : isa == PSA_ISA_AVX2 ? "Haswell" : NULL;
+    if (!kernels || strcmp(openblas_get_corename(), "Prescott") != 0 || getenv("OPENBLAS_CORETYPE")) return;
+    if (setenv("OPENBLAS_CORETYPE", kernels, 1) == 0) execv("/proc/self/exe", argv);
 }
 
 int main(int argc, char **argv) {

@@ -4,7 +4,8 @@
  * one vector and from it the logits. They differ in positions (VideoMAE: a table is added; V-JEPA 2: rotary on q and k)
  * and in the head (VideoMAE: mean of the tokens; V-JEPA 2: more blocks and one query that attends to all tokens).
  *
- * Memory for a clip of N tokens and width C: 5 N C floats and one chunk per thread. Include after psa.h. */
+ * Memory for a clip of N tokens and width C: 5 N C floats, a chunk per thread, and what psa_attention takes.
+ * Include after psa.h. */
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -79,16 +80,15 @@ static void encoder_run(encoder *e, const psa_desc *desc, psa_order_kind order, 
 
 /* ---- config ----------------------------------------------------------------------------------------------------- */
 
-/* "key": a number or a list [height, width]. */
-static void read_sides(const cJSON *json, const char *where, const char *key, int otherwise, int *h, int *w) {
+/* "key": a number or a list [height, width], each from 1 to most. */
+static void read_sides(const cJSON *json, const char *where, const char *key, int otherwise, int most, int *h, int *w) {
     const cJSON *item = json_get(json, key);
-    *h = *w = otherwise;
     if (!cJSON_IsArray(item)) {
-        *h = *w = json_int(json, where, key, otherwise, 1, 16384);
+        *h = *w = json_int(json, where, key, otherwise, 1, most);
         return;
     }
-    if (cJSON_GetArraySize(item) != 2 || !json_whole(item->child, 1, 16384) || !json_whole(item->child->next, 1, 16384))
-        die("%s: \"%s\": expected a size or [height, width]", where, key);
+    if (cJSON_GetArraySize(item) != 2 || !json_whole(item->child, 1, most) || !json_whole(item->child->next, 1, most))
+        die("%s: \"%s\": expected a size up to %d or [height, width]", where, key, most);
     *h = (int)item->child->valuedouble;
     *w = (int)item->child->next->valuedouble;
 }
@@ -121,9 +121,9 @@ static void read_config(model *m, const cJSON *json, const char *where) {
     if (strcmp(act, "gelu") != 0) die("%s: \"hidden_act\": expected gelu, found %s", where, act);
     if (json_int(json, where, v ? "in_chans" : "num_channels", 3, 1, 1000) != 3)
         die("%s: expected a model of 3 colour channels", where);
-    read_sides(json, where, v ? "crop_size" : "image_size", v ? 256 : 224, &m->side_h, &m->side_w);
-    read_sides(json, where, "patch_size", 16, &m->patch, &patch_w);
-    m->tubelet = json_int(json, where, "tubelet_size", 2, 1, 1024);
+    read_sides(json, where, v ? "crop_size" : "image_size", v ? 256 : 224, 16384, &m->side_h, &m->side_w);
+    read_sides(json, where, "patch_size", 16, 1024, &m->patch, &patch_w);
+    m->tubelet = json_int(json, where, "tubelet_size", 2, 1, 64);
     m->frames = json_int(json, where, v ? "frames_per_clip" : "num_frames", v ? 64 : 16, 1, 65536);
     m->C = json_int(json, where, "hidden_size", v ? 1024 : 768, 8, 65536);
     m->heads = json_int(json, where, "num_attention_heads", v ? 16 : 12, 1, 8192);
@@ -202,14 +202,17 @@ static linear load_embed(const checkpoint *c, const model *m, const char *prefix
 static void load_videomae_bias(const checkpoint *c, const char *prefix, const char *published, const char *other, int n,
                                float *dst) {
     int64_t shape = n;
-    const char *name = checkpoint_find(c, name_of("%s%s", prefix, published)) ? published : other;
-    if (!checkpoint_find(c, name_of("%s%s", prefix, name)))
-        die("%s: tensor %s%s is missing, and so is %s; the config promises one of them", c->dir, prefix, published, other);
-    tensor_read(checkpoint_need(c, name_of("%s%s", prefix, name), 1, &shape), dst);
+    static const char format[] = "%sattention.attention.%s";
+    const char *name = checkpoint_find(c, name_of(format, prefix, published)) ? published : other;
+    if (!checkpoint_find(c, name_of(format, prefix, name)))
+        die("%s: tensor %s is missing, and so is %s; the config says that there is one", c->dir,
+            name_of(format, prefix, published), other);
+    tensor_read(checkpoint_need(c, name_of(format, prefix, name), 1, &shape), dst);
 }
 
 static void load_videomae(model *m, const checkpoint *c, const cJSON *json, const char *where) {
-    static const char *const qkv[] = {"attention.attention.query", "attention.attention.key", "attention.attention.value"};
+    static const char *const qkv[] = {"attention.attention.query", "attention.attention.key",
+                                      "attention.attention.value"};
     int C = m->C, mlp = json_int(json, where, "intermediate_size", 3072, 1, 1 << 20);
     int bias = json_bool(json, where, "qv_bias", json_bool(json, where, "qkv_bias", 1));
     m->embed = load_embed(c, m, "videomae.embeddings.patch_embeddings.projection");
@@ -221,15 +224,18 @@ static void load_videomae(model *m, const checkpoint *c, const cJSON *json, cons
         b->norm2 = load_norm(c, p, "layernorm_after", C, m->eps);
         b->qkv = load_stacked(c, p, qkv, 3, C, C, 0);
         if (bias) {
-            load_videomae_bias(c, p, "attention.attention.q_bias", "attention.attention.query.bias", C, b->qkv.b);
-            load_videomae_bias(c, p, "attention.attention.v_bias", "attention.attention.value.bias", C, b->qkv.b + 2 * C);
+            load_videomae_bias(c, p, "q_bias", "query.bias", C, b->qkv.b);
+            load_videomae_bias(c, p, "v_bias", "value.bias", C, b->qkv.b + 2 * C);
         }
         b->proj = load_linear(c, p, "attention.output.dense", C, C);
         b->fc1 = load_linear(c, p, "intermediate.dense", mlp, C);
         b->fc2 = load_linear(c, p, "output.dense", C, mlp);
     }
     /* fc_norm has the framework's default eps, not the config's. */
-    m->norm = m->mean_pooling ? load_norm(c, "", "fc_norm", C, 1e-5) : load_norm(c, "", "videomae.layernorm", C, m->eps);
+    if (m->mean_pooling)
+        m->norm = load_norm(c, "", "fc_norm", C, 1e-5);
+    else
+        m->norm = load_norm(c, "", "videomae.layernorm", C, m->eps);
 }
 
 /* An encoder or pooler block of V-JEPA 2; names: norm, norm, q, k, v, out. */
@@ -654,7 +660,8 @@ static void encoder_plan(encoder *e, const model *m, int frames, int height, int
     e->chunks = alloc((size_t)n_threads * e->chunk_floats, sizeof *e->chunks);
     e->gilbert = alloc((size_t)e->n, sizeof *e->gilbert);
     psa_result result = psa_order_gilbert(e->grid[0], e->grid[1], e->grid[2], e->gilbert);
-    if (result != PSA_OK) die("token grid %d x %d x %d: %s", e->grid[0], e->grid[1], e->grid[2], psa_result_string(result));
+    if (result != PSA_OK)
+        die("token grid %d x %d x %d: %s", e->grid[0], e->grid[1], e->grid[2], psa_result_string(result));
     if (m->is_vjepa2) make_rotary(e);
 }
 

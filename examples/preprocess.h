@@ -80,7 +80,8 @@ static void read_channels(const cJSON *object, const char *where, const char *ke
 /* The values that the reference's processor classes have where a file says nothing. */
 static void settings_default(settings *s, int is_vjepa2) {
     static const settings videomae = {1, 1, 1, 1, 224, 0, 0, 224, 224, 2, 1 / 255.0, {0.5, 0.5, 0.5}, {0.5, 0.5, 0.5}};
-    static const settings vjepa2 = {1, 1, 1, 1, 0, 0, 0, 256, 256, 2, 1 / 255.0, {0.485, 0.456, 0.406}, {0.229, 0.224, 0.225}};
+    static const settings vjepa2 = {1, 1, 1, 1, 0, 0, 0, 256, 256, 2, 1 / 255.0,
+                                    {0.485, 0.456, 0.406}, {0.229, 0.224, 0.225}};
     *s = is_vjepa2 ? vjepa2 : videomae;
 }
 
@@ -200,7 +201,7 @@ static void resizer_make(resizer *r, const settings *s, int h, int w) {
     r->from_w = w;
     target_size(s, h, w, &r->to_h, &r->to_w);
     if (r->to_h > FRAME_MAX_SIDE || r->to_w > FRAME_MAX_SIDE)
-        die("a frame of %d x %d would become %d x %d; expected at most %d a side", w, h, r->to_w, r->to_h, FRAME_MAX_SIDE);
+        die("a frame of %d x %d becomes %d x %d; expected at most %d a side", w, h, r->to_w, r->to_h, FRAME_MAX_SIDE);
     taps_make(&r->x, w, r->to_w, s->resample);
     taps_make(&r->y, h, r->to_h, s->resample);
     r->wide = alloc((size_t)h * (size_t)r->to_w, 3);

@@ -1,5 +1,6 @@
 /* video.h - RGB frames of a clip, one after the other: any video through ffmpeg, .y4m without it, frames in a .npy.
- * A clip is read twice at most: once to count its frames, once for the frames themselves. One frame is in memory. */
+ * A clip is read twice: to count its frames, and for the frames themselves. One frame is in memory.
+ * Compressed video needs ffmpeg 5.1 or newer in PATH. */
 #ifndef VIDEO_H
 #define VIDEO_H
 
@@ -184,11 +185,11 @@ static void y4m_open(video *v) {
 
 /* Starts ffmpeg on the clip with these output options; v->file is its output. Every decoded frame comes out once. */
 static void ffmpeg_start(video *v, const char *const *output) {
-    const char *args[FFMPEG_MAX_ARGS] = {"ffmpeg", "-nostdin", "-v", "error", "-i"};
-    int n = 5, ends[2];
     char *url = alloc(strlen(v->path) + 6, 1);
+    const char *args[FFMPEG_MAX_ARGS] = {"ffmpeg", "-nostdin", "-v",    "error",     "-i",
+                                         url,      "-map",     "0:v:0", "-fps_mode", "passthrough"};
+    int n = 10, ends[2];
     sprintf(url, "file:%s", v->path); /* a plain file, whatever its name looks like */
-    args[n++] = url;
     while (*output) args[n++] = *output++;
     v->messages = tmpfile();
     if (!v->messages || pipe(ends) != 0 || (v->ffmpeg = fork()) < 0)
@@ -223,7 +224,8 @@ __attribute__((noreturn)) static void ffmpeg_fail(video *v) {
     rewind(v->messages);
     if (!fgets(line, sizeof line, v->messages)) snprintf(line, sizeof line, "exit status %d", status);
     line[strcspn(line, "\n")] = 0;
-    die("%s: ffmpeg gave no more than %lld frames: %s", v->path, (long long)v->next, line);
+    char *text = *line == '[' ? strstr(line, "] ") : NULL; /* "[mov @ 0x55fb9e2c1bc0] text" */
+    die("%s: ffmpeg stopped after %lld frames: %s", v->path, (long long)v->next, text ? text + 2 : line);
 }
 
 /* A number of a PPM header and the one white-space byte after it. */
@@ -251,10 +253,8 @@ static const video_format ffmpeg_format = {ffmpeg_next, ffmpeg_close};
 
 /* Counts the frames (as one grey pixel each), then starts over for the pictures. */
 static void ffmpeg_open(video *v) {
-    static const char *const count[] = {"-map", "0:v:0", "-fps_mode", "passthrough", "-vf", "scale=1:1", "-f", "rawvideo",
-                                        "-pix_fmt", "gray", "pipe:1", NULL};
-    static const char *const pictures[] = {"-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm",
-                                           "-pix_fmt", "rgb24", "pipe:1", NULL};
+    static const char *const count[] = {"-vf", "scale=1:1", "-f", "rawvideo", "-pix_fmt", "gray", "pipe:1", NULL};
+    static const char *const pictures[] = {"-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1", NULL};
     v->format = &ffmpeg_format;
     ffmpeg_start(v, count);
     while (fgetc(v->file) != EOF) v->n_frames++;

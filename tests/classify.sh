@@ -91,18 +91,31 @@ y4m() {
     done
 }
 
-# The same in RGB: what BT.601 makes of (81, 90, 240) is (254, 0, 0).
+# npy_header FRAMES: of uint8 frames of 37 x 53
+npy_header() {
+    printf '\223NUMPY\001\000v\000%-117s\n' "{'descr': '|u1', 'fortran_order': False, 'shape': ($1, 53, 37, 3), }"
+}
+
+# The frames of y4m in RGB: what BT.601 makes of (81, 90, 240) is (254, 0, 0).
 red_frames() {
-    header="{'descr': '|u1', 'fortran_order': False, 'shape': (8, 53, 37, 3), }"
-    printf '\223NUMPY\001\000v\000%-117s\n' "$header"
+    npy_header 8
     bytes $((8 * 53 * 37)) 376 | sed 's/\(.\)/\1\x00\x00/g'
+}
+
+# grey_frames OCTAL...: a grey frame for each value
+grey_frames() {
+    npy_header $#
+    for grey in "$@"; do
+        bytes $((53 * 37 * 3)) "$grey"
+    done
 }
 
 echo "# goldens, dense attention"
 for m in "$models"/*/; do
     m=${m%/}
     check "$(basename "$m"): logits" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" --dense
-    check "$(basename "$m"): logits, scalar" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" --dense --isa scalar
+    check "$(basename "$m"): logits, scalar" dense "$m/logits.npy" 2e-5 "$m" --pixels "$m/pixel_values.npy" --dense \
+        --isa scalar
     [ -e "$m/frames_u8.npy" ] || continue
     check "$(basename "$m"): pixels from frames" pixels "$m/pixel_values.npy" 0 "$m" --frames "$m/frames_u8.npy"
     check "$(basename "$m"): logits from frames" dense "$m/logits.npy" 2e-5 "$m" --frames "$m/frames_u8.npy" --dense
@@ -135,6 +148,10 @@ for colour in 420 422 444; do
         --save-pixels "$tmp/pixels.npy"
     check "y4m $colour: the same pixels" near "$tmp/red_pixels.npy" "$tmp/pixels.npy" 0
 done
+grey_frames 10 20 30 40 50 60 70 100 110 120 130 >"$tmp/eleven.npy"
+grey_frames 10 20 30 50 60 70 110 120 >"$tmp/eight.npy"
+check "8 of 11 frames: 0 1 2 4 5 6 8 9" classify "$jepa" --frames "$tmp/eight.npy" --save-pixels "$tmp/eight_pixels.npy"
+check "8 of 11 frames: the same pixels" pixels "$tmp/eight_pixels.npy" 0 "$jepa" --frames "$tmp/eleven.npy"
 check "two videos" prints "top-1 agrees on . of 2 clips" "$jepa" "$tmp/420.y4m" "$tmp/444.y4m" --compare
 
 if command -v ffmpeg >/dev/null; then
@@ -144,7 +161,8 @@ if command -v ffmpeg >/dev/null; then
     check "mp4: pixels" classify "$jepa" "$clip" --save-pixels "$tmp/mp4.npy"
     check "mp4 to y4m" ffmpeg -nostdin -v error -i "$clip" -pix_fmt yuv420p "$tmp/clip.y4m"
     check "y4m: the same pixels but for rounding and chroma" pixels "$tmp/mp4.npy" 0.05 "$jepa" "$tmp/clip.y4m"
-    check "mp4 to portrait, odd size" ffmpeg -nostdin -v error -i "$clip" -vf transpose=1,scale=121:243 -pix_fmt yuv444p "$tmp/-o dd.mkv"
+    check "mp4 to portrait, odd size" ffmpeg -nostdin -v error -i "$clip" -vf transpose=1,scale=121:243 \
+        -pix_fmt yuv444p "$tmp/-o dd.mkv"
     check "portrait, odd size, awkward name" classify "$jepa" "$tmp/-o dd.mkv"
     (cd "$tmp" && mv -- "-o dd.mkv" "http:x.mkv")
     check "a name that looks like an address" sh -c "cd $tmp && $build/classify $PWD/$jepa http:x.mkv"
@@ -166,11 +184,13 @@ check "no value" sh -c "$build/classify $jepa $clip --threads 2>&1 | grep -q -e 
 check "no number" rejected "threads 2x: expected N" "$jepa" "$clip" --threads 2x
 check "not in the list" rejected "score best: expected sample|" "$jepa" "$clip" --score best
 check "bad list" rejected "level-end .1,,.2: expected F,F" "$jepa" "$clip" --level-end .1,,.2
+check "list of zeros" rejected "level-end 0,0: expected F,F" "$jepa" "$clip" --level-end 0,0
 check "unknown preset" rejected "no such preset" "$jepa" "$clip" --preset none
 check "causal preset" rejected "causal" "$jepa" "$clip" --preset qwen2.5-vl
 check "a block size the library rejects" rejected "block_k" "$jepa" --pixels "$jepa/pixel_values.npy" --block-k 48
 check "frames for VideoMAE" rejected "takes exactly 8" "$mae" "$clip" --num-frames 16
-check "output cannot be written" sh -c "$build/classify $jepa --pixels $jepa/pixel_values.npy --logits /nonexistent/l.npy; [ \$? -eq 2 ]"
+check "output cannot be written" sh -c \
+    "$build/classify $jepa --pixels $jepa/pixel_values.npy --logits /nonexistent/l.npy; [ \$? -eq 2 ]"
 
 echo "# input arrays"
 check "no file" rejected "No such file" "$jepa" --pixels "$tmp/none.npy"
@@ -210,7 +230,8 @@ variant "$jepa" config.json 's/"num_hidden_layers": 3/"num_hidden_layers": 4/'
 check "a layer too many" rejected "vjepa2.encoder.layer.3.norm1.weight is missing" "$tmp/model" $in
 variant "$jepa" config.json ''
 rm "$tmp/model/video_preprocessor_config.json"
-check "no preprocessor settings" rejected "found no video_preprocessor_config.json" "$tmp/model" --frames "$jepa/frames_u8.npy"
+check "no preprocessor settings" rejected "found no video_preprocessor_config.json" "$tmp/model" \
+    --frames "$jepa/frames_u8.npy"
 variant "$jepa" video_preprocessor_config.json 's/"resample": 2/"resample": 5/'
 check "unknown resampling" rejected "resample" "$tmp/model" --frames "$jepa/frames_u8.npy"
 

@@ -1,11 +1,14 @@
 /* bench.h - psa bench: dense attention, PSA stage by stage, and this machine's peak, interleaved in one run.
- * Include after run.h. Everything is static. */
+ * Include after run.h. Everything is static. Needs gcc or clang. */
 #ifndef BENCH_H
 #define BENCH_H
 
-#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) || defined(__i386__)
 #define BENCH_X86 1
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#define BENCH_NEON 1
+#include <arm_neon.h>
 #endif
 
 #ifndef PSA_CFLAGS
@@ -19,11 +22,12 @@ static const double enough_seconds = 2; /* of repeats, once there are LEAST_REPE
 
 enum { CHAINS = 10, PEAK_ROUNDS = 3000000 };
 
-/* Every chain tends to 1: no overflow, no denormals. */
+/* Every chain tends to 1: no overflow, no denormals. They start apart, or the compiler would keep only one. */
 #define PEAK_LOOP(name, target, vec, set1, fma, add, first) \
     target static float name(void) { \
         vec x = set1(0.75f), y = set1(0.25f); \
-        vec a = set1(0), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a; \
+        vec a = set1(.0f), b = set1(.1f), c = set1(.2f), d = set1(.3f), e = set1(.4f); \
+        vec f = set1(.5f), g = set1(.6f), h = set1(.7f), i = set1(.8f), j = set1(.9f); \
         for (int n = 0; n < PEAK_ROUNDS; n++) { \
             a = fma(a, x, y), b = fma(b, x, y), c = fma(c, x, y), d = fma(d, x, y), e = fma(e, x, y); \
             f = fma(f, x, y), g = fma(g, x, y), h = fma(h, x, y), i = fma(i, x, y), j = fma(j, x, y); \
@@ -31,15 +35,26 @@ enum { CHAINS = 10, PEAK_ROUNDS = 3000000 };
         a = add(add(add(a, b), add(c, d)), add(add(e, f), add(add(g, h), add(i, j)))); \
         return first(a); \
     }
-#define SCALAR_SAME(a) (a)
-#define SCALAR_FMA(a, x, y) ((a) * (x) + (y))
-#define SCALAR_ADD(a, b) ((a) + (b))
-PEAK_LOOP(peak_scalar, , float, SCALAR_SAME, SCALAR_FMA, SCALAR_ADD, SCALAR_SAME)
+
+/* What a compiler can make of plain C: the vectors that every machine of this kind has. */
+enum { BASE_LANES = 4 };
+typedef float base_vec __attribute__((vector_size(16)));
+#define BASE_SET1(x) ((base_vec){x, x, x, x})
+#define BASE_FMA(a, x, y) ((a) * (x) + (y))
+#define BASE_ADD(a, b) ((a) + (b))
+#define BASE_FIRST(a) ((a)[0])
+PEAK_LOOP(peak_base, , base_vec, BASE_SET1, BASE_FMA, BASE_ADD, BASE_FIRST)
 #ifdef BENCH_X86
 PEAK_LOOP(peak_avx2, __attribute__((target("avx2,fma"))), __m256, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps,
           _mm256_cvtss_f32)
 PEAK_LOOP(peak_avx512, __attribute__((target("avx512f"))), __m512, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_add_ps,
           _mm512_cvtss_f32)
+#endif
+
+#ifdef BENCH_NEON
+#define NEON_FMA(a, x, y) vfmaq_f32(y, a, x)
+#define NEON_FIRST(a) vgetq_lane_f32(a, 0)
+PEAK_LOOP(peak_neon, , float32x4_t, vdupq_n_f32, NEON_FMA, vaddq_f32, NEON_FIRST)
 #endif
 
 typedef struct peak {
@@ -54,8 +69,12 @@ static float peak_loop(psa_isa isa) {
     if (isa == PSA_ISA_AVX2)
         return peak_avx2();
 #endif
+#ifdef BENCH_NEON
+    if (isa == PSA_ISA_NEON)
+        return peak_neon();
+#endif
     (void)isa;
-    return peak_scalar();
+    return peak_base();
 }
 
 static void peak_task(void *ctx, int ith, int nth) {
@@ -67,7 +86,7 @@ static void peak_task(void *ctx, int ith, int nth) {
 
 /* GFLOP/s of f32 multiply-adds on all threads at once. */
 static double measure_peak(crew *c, psa_isa isa) {
-    int lanes = isa == PSA_ISA_AVX512 ? 16 : isa == PSA_ISA_AVX2 ? 8 : 1;
+    int lanes = isa == PSA_ISA_AVX512 ? 16 : isa == PSA_ISA_AVX2 ? 8 : BASE_LANES;
     peak p = {isa, 0};
     double start = now();
     crew_run(c, c->n_threads, peak_task, &p);
@@ -145,28 +164,30 @@ static sample summarise(const double *raw, int n) {
     return s;
 }
 
-static double shape_density(double factor, double *end) {
-    static const double shape[] = {.1, .15, .15, .35}; /* the default top-k mask, density .15 */
+/* Level ends for the default top-k shape stretched by factor, in whole blocks of nk; the density they make. */
+static double stretch(double factor, int64_t nk, double *end) {
+    static const double shape[] = {.1, .15, .15, .35};
     double density = 0, before = 0;
     for (int i = 0; i < 4; i++) {
-        end[i] = fmin(1, factor * shape[i]);
-        density += (end[i] - before) / (1 << i);
-        before = end[i];
+        double blocks = fmax(1, floor(fmin(1, factor * shape[i]) * (double)nk));
+        end[i] = fmin(1, (blocks + 0.5) / (double)nk); /* psa_mask rounds down again */
+        density += (blocks - before) / (double)nk / (1 << i);
+        before = blocks;
     }
     return density;
 }
 
-/* The default shape, stretched until it has this density. */
-static void level_end_for(double density, double *end) {
-    double low = 0, high = 10;
+/* The least stretch that has this density or more. */
+static void level_end_for(double density, int64_t nk, double *end) {
+    double low = 0, high = 10.001; /* every block at level 1 */
     for (int i = 0; i < 60; i++) {
         double middle = 0.5 * (low + high);
-        if (shape_density(middle, end) < density)
+        if (stretch(middle, nk, end) < density)
             low = middle;
         else
             high = middle;
     }
-    shape_density(high, end);
+    stretch(high, nk, end);
 }
 
 static int bench_memory(bench_case *b, const options *o, crew *c) {
@@ -180,7 +201,7 @@ static int bench_memory(bench_case *b, const options *o, crew *c) {
     for (int i = 0; i < 5; i++)
         t[i] = psa_tensor_4d(*all[i], b->in.type, b->in.d, b->in.n, o->heads, 1);
     psa_desc desc = o->desc;
-    level_end_for(o->density, desc.level_end);
+    level_end_for(o->density, (b->in.n + 63) / 64, desc.level_end);
     if (run_init(&b->psa, o, c, &desc, c->n_threads, &t[0], &t[1], &t[2], &t[3]))
         return 2;
     desc.mask = PSA_MASK_DENSE;
@@ -354,6 +375,9 @@ static int bench(const options *o, crew *c) {
     int rc = 0;
     if (!psa_isa_supported(isa))
         return fail(o, "--isa %s: this CPU does not have it", psa_isa_name(isa));
+    for (int i = 0; i < o->n_d; i++)
+        if (o->d[i] % 8)
+            return fail(o, "--d %d: expected a multiple of 8", o->d[i]);
     cpu_name(cpu, sizeof cpu);
     cJSON *json = machine_json(o, cpu, isa, c->n_threads), *cases = cJSON_AddArrayToObject(json, "cases");
     if (!o->json)

@@ -303,7 +303,10 @@ static int bad_value(const options *o, const option *p, const char *text) {
         }
     if (p->names)
         return fail(o, "%s '%s': expected one of %s", p->name, text, known);
-    return fail(o, "%s '%s': expected %s (%s)", p->name, text, p->value, p->help);
+    int whole = p->kind == INTEGER || p->kind == TOKENS || p->kind == SEED;
+    int number = p->kind == REAL || p->kind == SCALE;
+    const char *what = whole ? "a whole number" : number ? "a number" : p->value;
+    return fail(o, "%s '%s': expected %s (%s)", p->name, text, what, p->help);
 }
 
 static int unknown_option(const options *o, unsigned command, const char *text) {

@@ -28,8 +28,10 @@ typedef struct outputs {
 
 static int check_writable(const options *o, const char *path) {
     struct stat there;
-    char folder[4096];
+    char folder[PATH_MAX];
     const char *slash = strrchr(path, '/');
+    if (strlen(path) + 64 > sizeof folder) /* leaves room for a temporary name */
+        return fail(o, "%.64s...: cannot write: %s", path, strerror(ENAMETOOLONG));
     snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path + 1) : 1, slash ? path : ".");
     if (stat(path, &there) == 0 && !S_ISREG(there.st_mode))
         return fail(o, "%s: cannot write: not a regular file", path);
@@ -66,9 +68,10 @@ static const char *outputs_temp(const outputs *u, const char *path) {
 
 static int outputs_npy(const outputs *u, const options *o, const char *path, const char *descr, int ndim,
                        const int64_t *shape, const void *data) {
-    char err[512];
-    if (path && npy_write(outputs_temp(u, path), descr, ndim, shape, data, err, sizeof err) != 0)
-        return fail(o, "%s", err);
+    char err[PATH_MAX + 256];
+    const char *temp = path ? outputs_temp(u, path) : NULL;
+    if (temp && npy_write(temp, descr, ndim, shape, data, err, sizeof err) != 0)
+        return fail(o, "%s%s", path, err + strlen(temp)); /* the error begins with the name */
     return 0;
 }
 
@@ -98,7 +101,7 @@ static void outputs_free(outputs *u) {
 
 /* rank: that of a full shape. Missing outer axes are 1. */
 static int read_array(const options *o, const char *flag, const char *path, int rank, npy *a, int64_t shape[4]) {
-    char err[512];
+    char err[PATH_MAX + 256];
     if (!path)
         return fail(o, "%s FILE is required (psa %s --help)", flag, o->command);
     if (npy_read(path, a, err, sizeof err) != 0)
@@ -216,6 +219,9 @@ static int check_values(const options *o, const psa_tensor *k, const psa_tensor 
     for (int axis = 3; axis > 0; axis--)
         if (check_axis(o, axis, o->v, v, o->k, k))
             return 2;
+    if (v->type != k->type && o->type < 0)
+        return fail(o, "%s: element type %s; expected %s as in %s (or --type)", o->v, type_name((int)v->type),
+                    type_name((int)k->type), o->k);
     return 0;
 }
 
@@ -478,9 +484,10 @@ static int write_picture(attention *a) {
     const psa_plan *p = &a->run.plan;
     level_maps m = {a->run.levels, a->density, p->B,  p->Hq,           p->Nq,
                     p->Nk,         p->nq,      p->nk, p->desc.block_q, p->desc.block_k};
-    char err[512];
-    if (level_map_png(outputs_temp(&a->files, a->o.png), &m, err, sizeof err) != 0)
-        return fail(&a->o, "%s", err);
+    char err[PATH_MAX + 256];
+    const char *temp = outputs_temp(&a->files, a->o.png);
+    if (level_map_png(temp, &m, err, sizeof err) != 0)
+        return fail(&a->o, "%s%s", a->o.png, err + strlen(temp));
     return 0;
 }
 
@@ -588,7 +595,7 @@ static int cmd_attend(const options *o) {
 /* ================================================================================================================= */
 
 static int write_one(const options *o, const char *descr, int ndim, const int64_t *shape, const void *data) {
-    char err[512];
+    char err[PATH_MAX + 256];
     return npy_write(o->out, descr, ndim, shape, data, err, sizeof err) ? fail(o, "%s", err) : 0;
 }
 
@@ -627,7 +634,7 @@ static int mask_shapes(const options *o, const npy *scores, const int64_t shape[
         return fail(o, "--sim-min needs --k FILE");
     int64_t self = (k->ne[1] + block_q - 1) / block_q == shape[2];
     *q = psa_tensor_4d(NULL, PSA_F32, k->ne[0], self ? k->ne[1] : shape[2] * block_q, shape[1], shape[0]);
-    return 0;
+    return check_axis(o, 3, o->k, k, o->scores, q);
 }
 
 static int mask(const options *o, crew *c, run *r, npy *score_file, npy *k_file) {
@@ -711,7 +718,15 @@ static void print_preset(const char *name) {
            levels, d.causal ? "  causal" : "");
 }
 
-static int cmd_info(void) {
+static int cmd_info(int argc, char **argv) {
+    if (argc > 0 && strcmp(argv[0], "--help") == 0) {
+        printf("psa info\n\nversion, instruction sets, presets\n");
+        return 0;
+    }
+    if (argc > 0) {
+        fprintf(stderr, "psa info: unknown option '%s'; known: --help\n", argv[0]);
+        return 2;
+    }
     printf("psa %s\n\ninstruction sets:", psa_version());
     for (int i = PSA_ISA_SCALAR; i < PSA_ISA_END; i++)
         if (psa_isa_supported((psa_isa)i))
@@ -760,13 +775,13 @@ static int run_command(const command *c, int argc, char **argv) {
     return 0;
 }
 
-int main(int argc, char **argv) {
+static int dispatch(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < COMMAND_COUNT; i++)
         if (strcmp(name, commands[i].name) == 0)
             return run_command(&commands[i], argc - 2, argv + 2);
-    if (strcmp(name, "info") == 0 && argc == 2)
-        return cmd_info();
+    if (strcmp(name, "info") == 0)
+        return cmd_info(argc - 2, argv + 2);
     if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0) {
         usage(stdout);
         return 0;
@@ -777,4 +792,13 @@ int main(int argc, char **argv) {
     }
     fprintf(stderr, "psa: unknown command '%s'; known: attend, score, mask, order, bench, info, help\n", name);
     return 2;
+}
+
+int main(int argc, char **argv) {
+    int rc = dispatch(argc, argv);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "psa: cannot write to standard output\n");
+        rc = 2;
+    }
+    return rc;
 }

@@ -103,7 +103,7 @@ static void crew_start(crew *c, int n_threads) {
 
 /* More pieces than threads, so that the progress line moves. */
 static int tasks(const crew *c) {
-    return 4 * c->n_threads;
+    return c->n_threads < 16 ? 64 : 4 * c->n_threads;
 }
 
 /* ---- one attention: plan, memory, stages ---- */

@@ -10,6 +10,8 @@
 #include <simde/x86/fma.h>
 #include <string.h>
 
+#undef I /* of complex.h, which SIMDe includes */
+
 typedef simde__mmask16 __mmask16;
 
 static inline __m512 _mm512_cvtph_ps(__m256i x) {
