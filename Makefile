@@ -52,7 +52,9 @@ deps:
 	    $$as_root apt-get update -qq && \
 	    $$as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
+# The shipped checkpoint has random weights: the point is what attention costs, and that the label stays the dense one.
 demo: $B/classify
+	@echo "A checkpoint with random weights on a drawn clip: the label means nothing, the work and the agreement do."
 	$B/classify tests/data/models/vjepa2-tiny-d64-f16-sharded examples/data/clip.mp4 --num-frames 64 \
 	    --preset paper-25 --compare
 

@@ -310,7 +310,7 @@ typedef struct psa_desc {
  * it go. It holds no memory and no tensor data; only the order index arrays of the desc must outlive it.
  * Read it freely, change nothing in it. */
 typedef struct psa_plan {
-    psa_desc desc;             /* no field is 0 for "default" any more */
+    psa_desc desc;             /* with the defaults filled in */
     psa_tensor q, k, v, out;   /* shapes and strides; data is NULL */
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
     int64_t nq, nk;            /* blocks: ceil(Nq/block_q), ceil(Nk/block_k) */
@@ -543,7 +543,7 @@ PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int hei
 #define PSA__LOG2E 1.44269504088896340736
 #define PSA__LN2 0.69314718055994530942
 #define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
-#define PSA__BIG 1e37f                  /* scoring clamps its logits to +-BIG */
+#define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
 #define PSA__TILE_K 64                  /* keys in an attention tile */
 #define PSA__PAD_K 8                    /* row pointer lists are padded to a multiple of this */
 #define PSA__RESCALE 8.0f               /* accumulators are rescaled when a maximum grew by more than 2^8 */
