@@ -61,6 +61,7 @@ demo: $B/classify
 # The test binary goes last: its last line is the result.
 test: all $B/readme
 	$B/readme
+	BUILD=$B tests/psa.sh
 	BUILD=$B tests/classify.sh
 	$B/test_psa
 

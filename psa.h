@@ -1970,6 +1970,20 @@ static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const c
     return space;
 }
 
+/* The rows at positions begin .. begin+n-1 of a head of K or V as f32 pointers: rows[n], space[n][width]. */
+static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv, int64_t begin,
+                         int64_t n, float *space, const float **rows)
+{
+    const psa_order *o = &p->desc.order_k;
+    const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
+    const char *head = (const char *)data + (size_t)b * t->nb[3] + (size_t)hkv * t->nb[2];
+    int in_place = t->type == PSA_F32 && ((uintptr_t)head | t->nb[1]) % sizeof(float) == 0;
+    for (int64_t i = 0; i < n; i++) {
+        const char *row = head + (size_t)(index ? index[i] : begin + i) * t->nb[1];
+        rows[i] = in_place ? (const float *)(const void *)row : psa__row_f32(p, t, row, space + i * t->ne[0]);
+    }
+}
+
 static int64_t psa__block_q_rows(const psa_plan *p, int64_t iq)
 {
     return psa__min(p->desc.block_q, p->Nq - iq * p->desc.block_q);
@@ -2078,17 +2092,6 @@ static uint8_t psa__similarity_cap(const psa_plan *p, const float *const *rows, 
     return (uint8_t)(1 << cap);
 }
 
-/* The rows of a KV block as f32 pointers. */
-static void psa__block_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv,
-                            int64_t jk, float *space, const float **rows)
-{
-    int64_t n = psa__block_k_rows(p, jk), begin = jk * p->desc.block_k;
-    for (int64_t i = 0; i < n; i++) {
-        const char *row = psa__row(t, &p->desc.order_k, data, b, hkv, begin + i);
-        rows[i] = psa__row_f32(p, t, row, space + i * t->ne[0]);
-    }
-}
-
 PSA__DEF psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth)
 {
     psa_result r = psa__check_stage(plan, work, ith, nth);
@@ -2102,14 +2105,15 @@ PSA__DEF psa_result psa_pool(const psa_plan *plan, const void *k, const void *v,
     psa__share(plan->B * plan->Hkv * plan->nk, ith, nth, &begin, &end);
     for (int64_t task = begin; task < end; task++) {
         int64_t jk = task % plan->nk, head = task / plan->nk, hkv = head % plan->Hkv, b = head / plan->Hkv;
-        psa__block_rows(plan, &plan->k, k, b, hkv, jk, w.k, w.kp);
+        int64_t first = jk * plan->desc.block_k, n = psa__block_k_rows(plan, jk);
+        psa__kv_rows(plan, &plan->k, k, b, hkv, first, n, w.k, w.kp);
         psa__pool_block(plan, w.kp, plan->D, (float *)(void *)(base + plan->at_pooled_k), b, hkv, jk);
         psa__pool_bias(plan, (float *)(void *)(base + plan->at_bias), b, hkv, jk);
         if (plan->desc.n_sim_min) {
             ((uint8_t *)base)[plan->at_cap + (size_t)task] = psa__similarity_cap(plan, w.kp, jk);
         }
         if (!v) continue;
-        psa__block_rows(plan, &plan->v, v, b, hkv, jk, w.v, w.vp);
+        psa__kv_rows(plan, &plan->v, v, b, hkv, first, n, w.v, w.vp);
         psa__pool_block(plan, w.vp, plan->Dv, (float *)(void *)(base + plan->at_pooled_v), b, hkv, jk);
     }
     return PSA_OK;
@@ -2238,7 +2242,7 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         return 1;
     case PSA_SCORE_EXACT: break;
     }
-    psa__block_rows(p, &p->k, k, b, hkv, jk, w->k, w->kp);
+    psa__kv_rows(p, &p->k, k, b, hkv, first, n, w->k, w->kp);
     for (int64_t i = 0; i < n; i++) token[i] = first + i;
     return n;
 }
@@ -2560,21 +2564,30 @@ static void psa__stream_flush(psa__stream *st)
     st->pooled = st->straddles = 0;
 }
 
+/* n more rows are in the tile. */
+static void psa__stream_advance(psa__stream *st, int64_t n)
+{
+    st->n += n;
+    if (st->n == PSA__TILE_K) psa__stream_flush(st);
+}
+
 /* The tokens of block jk themselves. Lane i stands for query token `token + i`. */
 static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int straddles)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
-    int64_t begin = jk * p->desc.block_k, end = begin + psa__block_k_rows(p, jk);
-    for (int64_t i = begin; i < end; i++) {
-        const char *k = psa__row(&p->k, &p->desc.order_k, st->k, st->b, st->hkv, i);
-        const char *v = psa__row(&p->v, &p->desc.order_k, st->v, st->b, st->hkv, i);
-        w->kp[st->n] = psa__row_f32(p, &p->k, k, w->k + st->n * p->D);
-        w->vp[st->n] = psa__row_f32(p, &p->v, v, w->v + st->n * p->Dv);
-        w->bias[st->n] = 0.0f;
-        w->first[st->n] = straddles ? (int32_t)psa__max(psa__min(i - token, INT16_MAX), 0) : 0;
+    int64_t at = jk * p->desc.block_k, end = at + psa__block_k_rows(p, jk);
+    while (at < end) {
+        int64_t n = psa__min(end - at, PSA__TILE_K - st->n), to = st->n;
+        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, at, n, w->k + to * p->D, w->kp + to);
+        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, at, n, w->v + to * p->Dv, w->vp + to);
+        for (int64_t i = 0; i < n; i++) {
+            w->bias[to + i] = 0.0f;
+            w->first[to + i] = straddles ? (int32_t)psa__max(psa__min(at + i - token, INT16_MAX), 0) : 0;
+        }
         st->straddles |= straddles;
-        if (++st->n == PSA__TILE_K) psa__stream_flush(st);
+        psa__stream_advance(st, n);
+        at += n;
     }
 }
 
@@ -2584,13 +2597,16 @@ static void psa__stream_pooled(psa__stream *st, int64_t jk, int i)
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
     int64_t row = psa__pooled_row(p, st->b, st->hkv, jk, i), end = row + psa__level_rows(p, jk, i);
-    for (; row < end; row++) {
-        w->kp[st->n] = (const float *)(const void *)(st->base + p->at_pooled_k) + row * p->D;
-        w->vp[st->n] = (const float *)(const void *)(st->base + p->at_pooled_v) + row * p->Dv;
-        w->bias[st->n] = ((const float *)(const void *)(st->base + p->at_bias))[row];
-        w->first[st->n] = 0;
+    while (row < end) {
+        int64_t n = psa__min(end - row, PSA__TILE_K - st->n), to = st->n;
+        for (int64_t x = 0; x < n; x++, row++) {
+            w->kp[to + x] = (const float *)(const void *)(st->base + p->at_pooled_k) + row * p->D;
+            w->vp[to + x] = (const float *)(const void *)(st->base + p->at_pooled_v) + row * p->Dv;
+            w->bias[to + x] = ((const float *)(const void *)(st->base + p->at_bias))[row];
+            w->first[to + x] = 0;
+        }
         st->pooled = 1;
-        if (++st->n == PSA__TILE_K) psa__stream_flush(st);
+        psa__stream_advance(st, n);
     }
 }
 

@@ -13,7 +13,7 @@
 #include <cblas.h>
 #include <pthread.h>
 
-#define MAX_THREADS 256
+#define MAX_THREADS 4096
 #define CHUNK_ROWS 256 /* tokens that a thread takes through the linear layers at a time */
 
 typedef struct linear {

@@ -179,13 +179,16 @@ echo "# arguments"
 check "none" rejected "expected MODEL"
 check "no input" rejected "expected MODEL" "$jepa"
 check "two inputs" rejected "expected MODEL" "$jepa" "$clip" --pixels "$jepa/pixel_values.npy"
-check "unknown option" rejected "unknown option --fast" "$jepa" "$clip" --fast
+check "unknown option" rejected "unknown option '--fast'; known: --pixels" "$jepa" "$clip" --fast
 check "no value" sh -c "$build/classify $jepa $clip --threads 2>&1 | grep -q -e '--threads needs a value'"
-check "no number" rejected "threads 2x: expected N" "$jepa" "$clip" --threads 2x
-check "not in the list" rejected "score best: expected sample|" "$jepa" "$clip" --score best
-check "bad list" rejected "level-end .1,,.2: expected F,F" "$jepa" "$clip" --level-end .1,,.2
-check "list of zeros" rejected "level-end 0,0: expected F,F" "$jepa" "$clip" --level-end 0,0
-check "unknown preset" rejected "no such preset" "$jepa" "$clip" --preset none
+check "no number" rejected "threads '2x': expected a whole number" "$jepa" "$clip" --threads 2x
+check "not in the list" rejected "score 'best': expected one of sample," "$jepa" "$clip" --score best
+check "bad list" rejected "level-end '.1,,.2': expected F,F" "$jepa" "$clip" --level-end .1,,.2
+check "list of zeros" rejected "level-end '0,0': expected F,F" "$jepa" "$clip" --level-end 0,0
+check "unknown preset" rejected "preset 'none': expected one of wan2.1-14b" "$jepa" "$clip" --preset none
+check "an order that needs no grid" rejected "order 'tile': expected one of none, gilbert" "$jepa" "$clip" \
+    --order tile
+check "not for this program" rejected "unknown option '--causal'" "$jepa" "$clip" --causal
 check "causal preset" rejected "causal" "$jepa" "$clip" --preset qwen2.5-vl
 check "a block size the library rejects" rejected "block_k" "$jepa" --pixels "$jepa/pixel_values.npy" --block-k 48
 check "frames for VideoMAE" rejected "takes exactly 8" "$mae" "$clip" --num-frames 16

@@ -21,7 +21,8 @@ static double dot(const double *a, const double *b, int64_t n) {
     return s;
 }
 
-/* ---- shapes, defaults, causality ---------------------------------------------------------------------------------- */
+/* ---- shapes, defaults, causality ----------------------------------------------------------------------------------
+ */
 
 static void default_levels(psa_desc *desc) {
     static const double topk[] = {.1, .15, .15, .35}, threshold[] = {.4, .5, .6, .8};
@@ -86,7 +87,9 @@ int oracle_level(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, i
 }
 
 static int64_t kv_head(const oracle *o, int64_t h) { return h / (o->Hq / o->Hkv); }
-static const double *q_row(const oracle *o, int64_t b, int64_t h, int64_t i) { return o->q + ((b * o->Hq + h) * o->Nq + i) * o->D; }
+static const double *q_row(const oracle *o, int64_t b, int64_t h, int64_t i) {
+    return o->q + ((b * o->Hq + h) * o->Nq + i) * o->D;
+}
 static const double *k_row(const oracle *o, int64_t b, int64_t h, int64_t j) {
     return o->k + ((b * o->Hkv + kv_head(o, h)) * o->Nk + j) * o->D;
 }
@@ -94,7 +97,8 @@ static const double *v_row(const oracle *o, int64_t b, int64_t h, int64_t j) {
     return o->v + ((b * o->Hkv + kv_head(o, h)) * o->Nk + j) * o->Dv;
 }
 
-/* ---- attention -------------------------------------------------------------------------------------------------------- */
+/* ---- attention
+ * -------------------------------------------------------------------------------------------------------- */
 
 /* The pooled tokens one query block reads. */
 typedef struct stream {
@@ -170,7 +174,8 @@ void oracle_attend(const oracle *o, const uint8_t *levels, double *out, double *
     free(s.k), free(s.v), free(s.bias), free(s.last), free(logit);
 }
 
-/* ---- scores --------------------------------------------------------------------------------------------------------------- */
+/* ---- scores
+ * --------------------------------------------------------------------------------------------------------------- */
 
 /* Rows sum to 1; a row without mass is uniform over the visible blocks. */
 static void normalise(const oracle *o, double *scores) {
@@ -214,11 +219,12 @@ static sampled sample_keys(const oracle *o, const uint8_t *sample_k, int n_k) {
 }
 
 /* One sampled query row's share of its row of the score map: maximum, or sum and count for the mean. */
-static void sample_row(const oracle *o, int64_t b, int64_t h, int64_t i, const sampled *keys, double *logit, double *score,
-                       double *count) {
+static void sample_row(const oracle *o, int64_t b, int64_t h, int64_t i, const sampled *keys, double *logit,
+                       double *score, double *count) {
     double top = -INFINITY, sum = 0;
     for (int64_t t = 0; t < keys->n; t++) {
-        logit[t] = sees(o, i, keys->token[t]) ? o->scale * dot(q_row(o, b, h, i), k_row(o, b, h, keys->token[t]), o->D) : NAN;
+        logit[t] =
+            sees(o, i, keys->token[t]) ? o->scale * dot(q_row(o, b, h, i), k_row(o, b, h, keys->token[t]), o->D) : NAN;
         if (logit[t] > top)
             top = logit[t];
     }
@@ -233,7 +239,8 @@ static void sample_row(const oracle *o, int64_t b, int64_t h, int64_t i, const s
     }
 }
 
-void oracle_score_sample(const oracle *o, const uint8_t *sample_q, int n_q, const uint8_t *sample_k, int n_k, double *scores) {
+void oracle_score_sample(const oracle *o, const uint8_t *sample_q, int n_q, const uint8_t *sample_k, int n_k,
+                         double *scores) {
     sampled keys = sample_keys(o, sample_k, n_k);
     double *logit = zeros(keys.n), *count = zeros(o->nk);
     int64_t rows[PSA_MAX_BLOCK_Q];
@@ -278,7 +285,8 @@ void oracle_score_antidiagonal(const oracle *o, double *scores) {
             for (int64_t c = 0; c < n; c++)
                 sum += exp(logit[c] - top);
             for (int64_t c = 0; c < n; c++)
-                scores[(bh * o->nq + g * S / o->desc.block_q) * o->nk + c * S / o->desc.block_k] += exp(logit[c] - top) / sum;
+                scores[(bh * o->nq + g * S / o->desc.block_q) * o->nk + c * S / o->desc.block_k] +=
+                    exp(logit[c] - top) / sum;
         }
     normalise(o, scores);
     free(logit);
@@ -329,7 +337,8 @@ void oracle_score_exact(const oracle *o, double *scores) {
     free(p);
 }
 
-/* ---- masks ---------------------------------------------------------------------------------------------------------------- */
+/* ---- masks
+ * ---------------------------------------------------------------------------------------------------------------- */
 
 static double cosine(const double *a, const double *b, int64_t n) {
     double norm = sqrt(dot(a, a, n)) * sqrt(dot(b, b, n));
@@ -465,7 +474,8 @@ void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
     free(order);
 }
 
-/* ---- statistics --------------------------------------------------------------------------------------------------------- */
+/* ---- statistics
+ * --------------------------------------------------------------------------------------------------------- */
 
 static int level_slot(int level) {
     int slot = 0;

@@ -32,7 +32,8 @@ int oracle_level(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, i
 void oracle_attend(const oracle *o, const uint8_t *levels, double *out, double *lse);
 
 /* Score maps [B][Hq][nq][nk]. The sampled offsets are the caller's. */
-void oracle_score_sample(const oracle *o, const uint8_t *sample_q, int n_q, const uint8_t *sample_k, int n_k, double *scores);
+void oracle_score_sample(const oracle *o, const uint8_t *sample_q, int n_q, const uint8_t *sample_k, int n_k,
+                         double *scores);
 void oracle_score_antidiagonal(const oracle *o, double *scores);
 void oracle_score_pooled(const oracle *o, double *scores);
 void oracle_score_exact(const oracle *o, double *scores);

@@ -11,7 +11,8 @@
 #include "oracle.h"
 #include "psa.h"
 
-/* ---- framework ---------------------------------------------------------------------------------------------------- */
+/* ---- framework ----------------------------------------------------------------------------------------------------
+ */
 
 typedef struct test_case {
     const char *name; /* "subject/what"; NULL ends a table */
@@ -49,16 +50,18 @@ int test_result(psa_result got, psa_result want, const char *file, int line, con
 /* How often a loop of random cases runs: n, or a tenth of it with --quick. */
 int test_rounds(int n);
 
-/* ---- random numbers: every round of every test has its own seed, printed when it fails ----------------------------- */
+/* ---- random numbers: every round of every test has its own seed, printed when it fails -----------------------------
+ */
 
 void rnd_round(int round);
 uint64_t rnd_u64(void);
 int rnd_int(int low, int high); /* both ends included */
 int rnd_chance(int percent);
-double rnd_uniform(void);       /* [0,1) */
+double rnd_uniform(void); /* [0,1) */
 double rnd_normal(void);
 
-/* ---- memory ------------------------------------------------------------------------------------------------------- */
+/* ---- memory -------------------------------------------------------------------------------------------------------
+ */
 
 void *xmalloc(size_t size);
 
@@ -70,17 +73,19 @@ typedef struct guarded {
 
 guarded guarded_new(size_t size, size_t shift);
 void *guarded_data(const guarded *g);
-int guarded_intact(const guarded *g);   /* the guards are whole */
+int guarded_intact(const guarded *g);    /* the guards are whole */
 int guarded_untouched(const guarded *g); /* nor was anything written between them */
 void guarded_free(guarded *g);
 
-/* ---- element types: the tests' own conversions ----------------------------------------------------------------------- */
+/* ---- element types: the tests' own conversions
+ * ----------------------------------------------------------------------- */
 
-double value_round(psa_type type, double x);             /* nearest value of the type, ties to even */
-void value_store(psa_type type, void *at, double x);     /* rounds */
+double value_round(psa_type type, double x);         /* nearest value of the type, ties to even */
+void value_store(psa_type type, void *at, double x); /* rounds */
 double value_load(psa_type type, const void *at);
 
-/* ---- tensors -------------------------------------------------------------------------------------------------------- */
+/* ---- tensors --------------------------------------------------------------------------------------------------------
+ */
 
 typedef enum layout {
     LAYOUT_PLAIN = 0, /* contiguous and aligned */
@@ -107,7 +112,8 @@ double *tensor_values(const psa_tensor *t); /* contiguous [B][H][N][D], caller f
 int tensor_guards_intact(const tensor *a);  /* no byte outside the elements was written */
 int tensor_untouched(const tensor *a);      /* no byte at all was written */
 
-/* ---- comparisons ----------------------------------------------------------------------------------------------------- */
+/* ---- comparisons
+ * ----------------------------------------------------------------------------------------------------- */
 
 /* What an output of this type may differ from the exact value: f32 arithmetic, then rounding to the type. */
 typedef struct tolerance {
@@ -117,13 +123,15 @@ typedef struct tolerance {
 tolerance tolerance_of(psa_type type);
 
 /* Checks |got - want| <= absolute + relative*|want| everywhere; equal infinities pass. Returns the largest error. */
-double compare(const char *file, int line, const char *what, const double *got, const double *want, int64_t n, tolerance t);
+double compare(const char *file, int line, const char *what, const double *got, const double *want, int64_t n,
+               tolerance t);
 
 #define COMPARE(what, got, want, n, t) compare(__FILE__, __LINE__, what, got, want, n, t)
 
 double *doubles_of(const float *x, size_t n); /* caller frees */
 
-/* ---- one attention call with everything around it ----------------------------------------------------------------------- */
+/* ---- one attention call with everything around it
+ * ----------------------------------------------------------------------- */
 
 typedef struct shape {
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
@@ -140,9 +148,9 @@ typedef struct setup {
     oracle o;
 } setup;
 
-shape shape_random(void);                      /* small; D and Dv any multiple of 8, mostly small */
-psa_desc desc_random_blocks(const shape *s);   /* blocks, scale, causality */
-psa_isa isa_random(void);                      /* one that this machine has */
+shape shape_random(void);                    /* small; D and Dv any multiple of 8, mostly small */
+psa_desc desc_random_blocks(const shape *s); /* blocks, scale, causality */
+psa_isa isa_random(void);                    /* one that this machine has */
 
 /* Tensors, plan, workspace, maps and oracle. Returns 0 (after a failed check) if the plan was refused. */
 int setup_init(setup *s, const psa_desc *desc, const shape *shape);
@@ -161,7 +169,8 @@ void check_guards(const char *file, int line, const setup *s);
 
 #define CHECK_GUARDS(s) check_guards(__FILE__, __LINE__, s)
 
-/* Compares out and lse of the setup with the oracle for these levels (NULL: dense). Returns the largest error of out. */
+/* Compares out and lse of the setup with the oracle for these levels (NULL: dense). Returns the largest error of out.
+ */
 double check_attention(const char *file, int line, setup *s, const uint8_t *levels);
 
 #define CHECK_ATTENTION(s, levels) check_attention(__FILE__, __LINE__, s, levels)

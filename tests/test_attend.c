@@ -70,7 +70,21 @@ static void attend_causal(void) {
         desc.causal = 1;
         desc.block_q = rnd_int(16, 48);
         x.D = x.Dv = 8;
-        x.Nk = rnd_chance(40) ? x.Nq : x.Nk; /* square, shorter and longer keys: decode, chunked prefill, rows with nothing */
+        x.Nk = rnd_chance(40) ? x.Nq
+                              : x.Nk; /* square, shorter and longer keys: decode, chunked prefill, rows with nothing */
+        all_levels(&desc);
+        random_case(&desc, &x);
+    }
+}
+
+/* Many blocks, tiles and rows at once. */
+static void attend_large(void) {
+    for (int r = 0; r < test_rounds(12); r++) {
+        rnd_round(r);
+        shape x = shape_random();
+        psa_desc desc = desc_random_blocks(&x);
+        x.B = 1, x.Hq = rnd_int(1, 2), x.Hkv = 1, x.D = 8 * rnd_int(1, 3), x.Dv = 8 * rnd_int(1, 3);
+        x.Nq = rnd_int(400, 900), x.Nk = rnd_int(400, 1500);
         all_levels(&desc);
         random_case(&desc, &x);
     }
@@ -118,7 +132,8 @@ static void attend_no_map(void) {
         run_attend(&s, setup_levels(&s), 1);
         double *ones = tensor_values(&s.out.t);
         setup_poison_outputs(&s);
-        CHECK_RESULT(psa_attend(&s.plan, s.q.t.data, s.k.t.data, s.v.t.data, NULL, guarded_data(&s.work), s.out.t.data, NULL, 0, 1),
+        CHECK_RESULT(psa_attend(&s.plan, s.q.t.data, s.k.t.data, s.v.t.data, NULL, guarded_data(&s.work), s.out.t.data,
+                                NULL, 0, 1),
                      PSA_OK);
         double *none = tensor_values(&s.out.t);
         CHECK(!memcmp(ones, none, (size_t)tensor_count(&s.out.t) * sizeof *ones), "out differs");
@@ -147,34 +162,6 @@ static void attend_empty_rows(void) {
         CHECK(psa_mul_adds(&s.plan, guarded_data(&s.work)) == 0, "work was counted");
         CHECK_GUARDS(&s);
         free(out);
-        setup_free(&s);
-    }
-}
-
-/* Inputs may repeat: strides of 0 over heads, batches and tokens. */
-static void attend_broadcast(void) {
-    for (int r = 0; r < test_rounds(40); r++) {
-        rnd_round(r);
-        setup s;
-        shape x = shape_random();
-        psa_desc desc = desc_random_blocks(&x);
-        x.B = 2, x.layout = LAYOUT_PLAIN;
-        all_levels(&desc);
-        if (!setup_init(&s, &desc, &x))
-            continue;
-        tensor *in[3] = {&s.q, &s.k, &s.v};
-        for (int i = 0; i < 3; i++) {
-            in[i]->t.nb[rnd_int(1, 3)] = 0;
-            free(in[i]->x);
-            in[i]->x = tensor_values(&in[i]->t);
-        }
-        oracle_init(&s.o, &desc, x.B, x.Hq, x.Hkv, x.Nq, x.Nk, x.D, x.Dv, s.q.x, s.k.x, s.v.x);
-        if (CHECK_RESULT(psa_plan_init(&s.plan, &desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t), PSA_OK)) {
-            random_levels(&s.plan, desc.block_k, 30, setup_levels(&s));
-            run_pool(&s, 1);
-            run_attend(&s, setup_levels(&s), 1);
-            CHECK_ATTENTION(&s, setup_levels(&s));
-        }
         setup_free(&s);
     }
 }
@@ -241,13 +228,15 @@ static int touches(const setup *s, spot at, int64_t b, int64_t h, int64_t i) {
 /* Rows that do not read the spot are what they would be without it; a NaN that is read is seen in out. */
 static void check_local(setup *s, spot at, int is_nan) {
     int64_t rows = s->o.B * s->o.Hq * s->o.Nq, Dv = s->o.Dv;
-    double *out = (double *)xmalloc((size_t)(rows * Dv) * sizeof *out), *lse = (double *)xmalloc((size_t)rows * sizeof *lse);
+    double *out = (double *)xmalloc((size_t)(rows * Dv) * sizeof *out),
+           *lse = (double *)xmalloc((size_t)rows * sizeof *lse);
     double *got = tensor_values(&s->out.t);
     oracle_attend(&s->o, setup_levels(s), out, lse);
     for (int64_t row = 0; row < rows; row++) {
         int64_t i = row % s->o.Nq, h = row / s->o.Nq % s->o.Hq, b = row / s->o.Nq / s->o.Hq;
         if (!touches(s, at, b, h, i)) {
-            COMPARE("out of a row that does not read the spot", got + row * Dv, out + row * Dv, Dv, tolerance_of(s->out.t.type));
+            COMPARE("out of a row that does not read the spot", got + row * Dv, out + row * Dv, Dv,
+                    tolerance_of(s->out.t.type));
         } else if (is_nan && (at.where == 2 || lse[row] != -INFINITY)) {
             double seen = got[row * Dv + (at.where == 2 ? at.d : 0)];
             CHECK(isnan(seen), "row %d reads a NaN in %c and is %g", (int)row, "qkv"[at.where], seen);
@@ -300,7 +289,8 @@ static void check_huge(setup *s) {
             CHECK(isfinite(x) && fabs(x) <= 10, "row %d: %g", (int)i, x);
             CHECK(gap < .01 || fabs(x - v) <= 1e-5, "row %d: %g, expected %g", (int)i, x, v);
         }
-        CHECK(fabs((double)setup_lse(s)[i] - logit[top]) <= 1e-5 * fabs(logit[top]) + 10, "lse %g", (double)setup_lse(s)[i]);
+        CHECK(fabs((double)setup_lse(s)[i] - logit[top]) <= 1e-5 * fabs(logit[top]) + 10, "lse %g",
+              (double)setup_lse(s)[i]);
     }
     free(got), free(logit);
 }
@@ -341,7 +331,8 @@ static void attend_rising_logits(void) {
             continue;
         for (int64_t n = 0; n < x.Nk; n++)
             for (int64_t row = 0; row < x.B * x.Hkv; row++)
-                tensor_set(&s.k, 0, n, row % x.Hkv, row / x.Hkv, rnd_chance(50) ? .02 * (double)n : 6 - .02 * (double)n);
+                tensor_set(&s.k, 0, n, row % x.Hkv, row / x.Hkv,
+                           rnd_chance(50) ? .02 * (double)n : 6 - .02 * (double)n);
         random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
         run_pool(&s, 1);
         run_attend(&s, setup_levels(&s), 1);
@@ -422,7 +413,8 @@ static void attend_merge(void) {
 }
 
 /* exp of both lse, mixed in double; rows without keys on one side or on both. */
-static void merge_reference(double *out, double *lse, const double *part, const double *part_lse, int64_t rows, int64_t Dv) {
+static void merge_reference(double *out, double *lse, const double *part, const double *part_lse, int64_t rows,
+                            int64_t Dv) {
     for (int64_t i = 0; i < rows; i++) {
         double top = fmax(lse[i], part_lse[i]), a = exp(lse[i] - top), b = exp(part_lse[i] - top);
         for (int64_t d = 0; d < Dv; d++)
@@ -438,7 +430,8 @@ static void merge_types(void) {
         psa_type type = (psa_type)(r % 3), part_type = (psa_type)rnd_int(0, 2);
         guarded lse = guarded_new((size_t)rows * sizeof(float), 0);
         float *at = (float *)guarded_data(&lse), *part_lse = (float *)xmalloc((size_t)rows * sizeof *part_lse);
-        tensor source = tensor_input(type, LAYOUT_PLAIN, Dv, N, H, B, 1), out = tensor_output(type, LAYOUT_RANDOM, Dv, N, H, B);
+        tensor source = tensor_input(type, LAYOUT_PLAIN, Dv, N, H, B, 1),
+               out = tensor_output(type, LAYOUT_RANDOM, Dv, N, H, B);
         tensor part = tensor_input(part_type, LAYOUT_RANDOM, Dv, N, H, B, 1);
         for (int64_t i = 0; i < rows; i++) {
             at[i] = rnd_chance(20) ? -INFINITY : (float)(20 * rnd_normal());
@@ -483,10 +476,11 @@ static psa_desc desc_any_method(const shape *x) {
 }
 
 static void check_stats(const psa_stats *got, const psa_stats *want) {
-    CHECK(fabs(got->density - want->density) < 1e-12 && fabs(got->sparsity - want->sparsity) < 1e-12, "density %g, expected %g",
-          got->density, want->density);
+    CHECK(fabs(got->density - want->density) < 1e-12 && fabs(got->sparsity - want->sparsity) < 1e-12,
+          "density %g, expected %g", got->density, want->density);
     CHECK(got->mul_adds == want->mul_adds, "%.0f, expected %.0f", (double)got->mul_adds, (double)want->mul_adds);
-    CHECK(got->dense_mul_adds == want->dense_mul_adds, "%.0f, expected %.0f", (double)got->dense_mul_adds, (double)want->dense_mul_adds);
+    CHECK(got->dense_mul_adds == want->dense_mul_adds, "%.0f, expected %.0f", (double)got->dense_mul_adds,
+          (double)want->dense_mul_adds);
     CHECK(got->pairs == want->pairs, "%d, expected %d", (int)got->pairs, (int)want->pairs);
     for (int i = 0; i <= PSA_MAX_LEVELS; i++)
         CHECK(got->level_blocks[i] == want->level_blocks[i], "slot %d: %d, expected %d", i, (int)got->level_blocks[i],
@@ -500,7 +494,8 @@ static void one_call_case(setup *s, int n_threads) {
     psa_extra extra;
     guarded levels = guarded_new(map, 1), scores = guarded_new(map * sizeof(float), 0);
     memset(&extra, 0, sizeof extra);
-    extra.lse = setup_lse(s), extra.levels = (uint8_t *)guarded_data(&levels), extra.scores = (float *)guarded_data(&scores);
+    extra.lse = setup_lse(s), extra.levels = (uint8_t *)guarded_data(&levels),
+    extra.scores = (float *)guarded_data(&scores);
     run_pool(s, 1);
     if (s->desc.mask != PSA_MASK_DENSE)
         run_score(s, 1);
@@ -540,6 +535,35 @@ static void attend_one_call(void) {
     }
 }
 
+/* Inputs may repeat: strides of 0 over heads, batches and tokens. */
+static void attend_broadcast(void) {
+    for (int r = 0; r < test_rounds(40); r++) {
+        rnd_round(r);
+        setup s;
+        shape x = shape_random();
+        psa_desc desc = desc_random_blocks(&x);
+        x.B = 2, x.layout = LAYOUT_PLAIN;
+        all_levels(&desc);
+        if (!setup_init(&s, &desc, &x))
+            continue;
+        tensor *in[3] = {&s.q, &s.k, &s.v};
+        for (int i = 0; i < 3; i++) {
+            in[i]->t.nb[rnd_int(1, 3)] = 0;
+            free(in[i]->x);
+            in[i]->x = tensor_values(&in[i]->t);
+        }
+        oracle_init(&s.o, &desc, x.B, x.Hq, x.Hkv, x.Nq, x.Nk, x.D, x.Dv, s.q.x, s.k.x, s.v.x);
+        if (CHECK_RESULT(psa_plan_init(&s.plan, &desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t), PSA_OK)) {
+            one_call_case(&s, 2);
+            random_levels(&s.plan, desc.block_k, 30, setup_levels(&s));
+            run_pool(&s, 1);
+            run_attend(&s, setup_levels(&s), 1);
+            CHECK_ATTENTION(&s, setup_levels(&s));
+        }
+        setup_free(&s);
+    }
+}
+
 /* The caller's own map through psa_attention; also without extra. */
 static void attend_levels_given(void) {
     for (int r = 0; r < test_rounds(30); r++) {
@@ -555,7 +579,8 @@ static void attend_levels_given(void) {
             continue;
         random_levels(&s.plan, desc.block_k, 40, setup_levels(&s));
         memset(&extra, 0, sizeof extra);
-        extra.levels = setup_levels(&s), extra.levels_given = 1, extra.lse = setup_lse(&s), extra.scores = setup_scores(&s);
+        extra.levels = setup_levels(&s), extra.levels_given = 1, extra.lse = setup_lse(&s),
+        extra.scores = setup_scores(&s);
         CHECK_RESULT(psa_attention(&desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t, &extra), PSA_OK);
         CHECK_ATTENTION(&s, setup_levels(&s));
         CHECK(guarded_untouched(&s.scores), "scores were written though levels were given");
@@ -582,7 +607,8 @@ static void attend_zero_desc(void) {
     if (!setup_init(&s, &desc, &x))
         return;
     CHECK(s.plan.desc.block_q == 128 && s.plan.desc.block_k == 64, "%d/%d", s.plan.desc.block_q, s.plan.desc.block_k);
-    CHECK(s.plan.nq == 3 && s.plan.nk == 11 && s.plan.n_levels == 7, "%d %d %d", (int)s.plan.nq, (int)s.plan.nk, s.plan.n_levels);
+    CHECK(s.plan.nq == 3 && s.plan.nk == 11 && s.plan.n_levels == 7, "%d %d %d", (int)s.plan.nq, (int)s.plan.nk,
+          s.plan.n_levels);
     CHECK(s.plan.n_sample_q == 32 && s.plan.n_sample_k == 16, "%d %d", s.plan.n_sample_q, s.plan.n_sample_k);
     CHECK(s.plan.desc.n_threads >= 1, "%d", s.plan.desc.n_threads);
     CHECK(s.plan.desc.isa == psa_isa_detect(), "%d", (int)s.plan.desc.isa);
@@ -613,24 +639,27 @@ static void attend_stats(void) {
     }
 }
 
-const test_case tests_attend[] = {{"attend/random", attend_random},
-                                  {"attend/every_isa", attend_every_isa},
-                                  {"attend/head_sizes", attend_head_sizes},
-                                  {"attend/causal", attend_causal},
-                                  {"attend/decode", attend_decode},
-                                  {"attend/dense", attend_dense},
-                                  {"attend/no_map", attend_no_map},
-                                  {"attend/empty_rows", attend_empty_rows},
-                                  {"attend/broadcast", attend_broadcast},
-                                  {"attend/mul_adds", attend_mul_adds},
-                                  {"attend/nan_stays_local", attend_nan},
-                                  {"attend/huge_logits", attend_huge_logits},
-                                  {"attend/rising_logits", attend_rising_logits},
-                                  {"attend/denormal", attend_denormal},
-                                  {"attend/stats", attend_stats},
-                                  {"merge/slices", attend_merge},
-                                  {"merge/types", merge_types},
-                                  {"one_call/equals_stages", attend_one_call},
-                                  {"one_call/levels_given", attend_levels_given},
-                                  {"one_call/zero_desc", attend_zero_desc},
-                                  {NULL, NULL}};
+const test_case tests_attend[] = {
+    {"attend/random", attend_random},
+    {"attend/every_isa", attend_every_isa},
+    {"attend/head_sizes", attend_head_sizes},
+    {"attend/causal", attend_causal},
+    {"attend/large", attend_large},
+    {"attend/decode", attend_decode},
+    {"attend/dense", attend_dense},
+    {"attend/no_map", attend_no_map},
+    {"attend/empty_rows", attend_empty_rows},
+    {"attend/mul_adds", attend_mul_adds},
+    {"attend/nan_stays_local", attend_nan},
+    {"attend/huge_logits", attend_huge_logits},
+    {"attend/rising_logits", attend_rising_logits},
+    {"attend/denormal", attend_denormal},
+    {"attend/stats", attend_stats},
+    {"merge/slices", attend_merge},
+    {"merge/types", merge_types},
+    {"one_call/equals_stages", attend_one_call},
+    {"one_call/broadcast", attend_broadcast},
+    {"one_call/levels_given", attend_levels_given},
+    {"one_call/zero_desc", attend_zero_desc},
+    {NULL, NULL},
+};

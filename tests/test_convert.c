@@ -1,4 +1,5 @@
-/* test_convert.c - f16 and bf16 as q, k, v and out: every bit pattern, every rounding case, on every instruction set. */
+/* test_convert.c - f16 and bf16 as q, k, v and out: every bit pattern, every rounding case, on every instruction set.
+ */
 #include "test.h"
 
 /* psa_attend treats f32 denormals as zero (psa.h, NUMERICS): values this small may come out as 0. */
@@ -33,7 +34,8 @@ static psa_desc desc_plain(psa_isa isa) {
 
 /* One key: the weight is 1 and out is v. */
 static void check_values(const tensor *v, psa_type out_type, psa_isa isa) {
-    tensor q = tensor_input(PSA_F32, LAYOUT_PLAIN, 8, 1, v->t.ne[2], 1, 1), k = tensor_input(v->t.type, LAYOUT_PLAIN, 8, 1, v->t.ne[2], 1, 1);
+    tensor q = tensor_input(PSA_F32, LAYOUT_PLAIN, 8, 1, v->t.ne[2], 1, 1),
+           k = tensor_input(v->t.type, LAYOUT_PLAIN, 8, 1, v->t.ne[2], 1, 1);
     tensor out = tensor_output(out_type, LAYOUT_RANDOM, v->t.ne[0], 1, v->t.ne[2], 1);
     psa_desc desc = desc_plain(isa);
     int wrong = 0, first = 0;
@@ -42,8 +44,8 @@ static void check_values(const tensor *v, psa_type out_type, psa_isa isa) {
     for (int i = (int)tensor_count(&v->t) - 1; i >= 0; i--)
         if (!same_value(got[i], out_type, v->x[i]))
             wrong++, first = i;
-    CHECK(wrong == 0, "%s, type %d to %d: %d wrong, the first: %.12g became %.12g, expected %.12g", psa_isa_name(isa), (int)v->t.type,
-          (int)out_type, wrong, v->x[first], got[first], value_round(out_type, v->x[first]));
+    CHECK(wrong == 0, "%s, type %d to %d: %d wrong, the first: %.12g became %.12g, expected %.12g", psa_isa_name(isa),
+          (int)v->t.type, (int)out_type, wrong, v->x[first], got[first], value_round(out_type, v->x[first]));
     CHECK(tensor_guards_intact(&out), "bytes outside the rows were written");
     free(got);
     tensor_free(&q), tensor_free(&k), tensor_free(&out);
@@ -113,7 +115,8 @@ static void check_lse(const psa_tensor *q, const psa_tensor *k, const double *wa
     psa_desc desc = desc_plain(isa);
     int64_t rows = q->ne[1] * q->ne[2];
     int level = k->ne[1] > 1 ? 16 : 1, wrong = 0, first = 0;
-    tensor v = tensor_input(k->type, LAYOUT_PLAIN, 8, k->ne[1], k->ne[2], 1, 1), out = tensor_output(PSA_F32, LAYOUT_PLAIN, 8, q->ne[1], q->ne[2], 1);
+    tensor v = tensor_input(k->type, LAYOUT_PLAIN, 8, k->ne[1], k->ne[2], 1, 1),
+           out = tensor_output(PSA_F32, LAYOUT_PLAIN, 8, q->ne[1], q->ne[2], 1);
     float *lse = (float *)xmalloc((size_t)rows * sizeof *lse);
     desc.scale = 1, desc.block_k = 16;
     if (CHECK_RESULT(psa_plan_init(&plan, &desc, q, k, &v.t, &out.t), PSA_OK)) {
@@ -128,7 +131,8 @@ static void check_lse(const psa_tensor *q, const psa_tensor *k, const double *wa
             if (!(error <= 5e-7 * fabs(expected) + (level > 1 ? 5e-7 : 2 * smallest_normal)))
                 wrong++, first = (int)i;
         }
-        CHECK(wrong == 0, "%s: %d wrong, the first: %.9g, expected %.9g", psa_isa_name(isa), wrong, (double)lse[first], want[first]);
+        CHECK(wrong == 0, "%s: %d wrong, the first: %.9g, expected %.9g", psa_isa_name(isa), wrong, (double)lse[first],
+              want[first]);
     }
     free(lse);
     tensor_free(&v), tensor_free(&out);
@@ -189,9 +193,7 @@ static void convert_own(void) {
     CHECK(got == third_bf16, "%04x", got);
 }
 
-const test_case tests_convert[] = {{"convert/own", convert_own},
-                                   {"convert/patterns", convert_patterns},
-                                   {"convert/rounding", convert_rounding},
-                                   {"convert/logits", convert_logits},
-                                   {"convert/pooled", convert_pooled},
-                                   {NULL, NULL}};
+const test_case tests_convert[] = {
+    {"convert/own", convert_own},       {"convert/patterns", convert_patterns}, {"convert/rounding", convert_rounding},
+    {"convert/logits", convert_logits}, {"convert/pooled", convert_pooled},     {NULL, NULL},
+};

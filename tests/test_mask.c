@@ -1,14 +1,17 @@
 /* test_mask.c - from scores to levels. Levels are integers: every comparison is exact. */
+#include <limits.h>
+
 #include "test.h"
 
 /* ---- by hand: what the definition says about one row, worked out on paper ---- */
 
+enum { TOPK = PSA_MASK_TOPK, MASS = PSA_MASK_THRESHOLD, DENSE = PSA_MASK_DENSE };
+
 typedef struct row_case {
     const char *what;
-    psa_mask_kind mask;
-    int inclusive;
+    int mask, inclusive;
     double min_full;
-    double level_end[4];
+    double level_end[3];
     int level_count[4];
     int n;
     float score[10];
@@ -16,25 +19,26 @@ typedef struct row_case {
 } row_case;
 
 static const row_case rows[] = {
-    {"shares", PSA_MASK_TOPK, 0, 0, {.25, .5, .75, 0}, {0}, 4, {.1f, .4f, .3f, .2f}, {0, 1, 2, 4}},
-    {"shares round down", PSA_MASK_TOPK, 0, 0, {.35, .7, 0, 0}, {0}, 4, {.4f, .3f, .2f, .1f}, {1, 2, 0, 0}},
-    {"ties go to the lower index", PSA_MASK_TOPK, 0, 0, {.5, 0, 0, 0}, {0}, 4, {.25f, .25f, .25f, .25f}, {1, 1, 0, 0}},
-    {"never nobody", PSA_MASK_TOPK, 0, 0, {.1, 0, 0, 0}, {0}, 4, {.1f, .2f, .4f, .3f}, {0, 0, 1, 0}},
-    {"never nobody at the finest level", PSA_MASK_TOPK, 0, 0, {.1, .5, 0, 0}, {0}, 4, {.1f, .2f, .4f, .3f}, {0, 0, 1, 2}},
-    {"finest level 2", PSA_MASK_TOPK, 0, 0, {0, .1, 1, 0}, {0}, 4, {.1f, .2f, .4f, .3f}, {4, 4, 2, 4}},
-    {"0.7 of 10 is 7, as doubles multiply", PSA_MASK_TOPK, 0, 0, {.7, 0, 0, 0}, {0}, 10,
+    {"shares", TOPK, 0, 0, {.25, .5, .75}, {0}, 4, {.1f, .4f, .3f, .2f}, {0, 1, 2, 4}},
+    {"shares round down", TOPK, 0, 0, {.35, .7}, {0}, 4, {.4f, .3f, .2f, .1f}, {1, 2, 0, 0}},
+    {"ties go to the lower index", TOPK, 0, 0, {.5}, {0}, 4, {.25f, .25f, .25f, .25f}, {1, 1, 0, 0}},
+    {"never nobody", TOPK, 0, 0, {.1}, {0}, 4, {.1f, .2f, .4f, .3f}, {0, 0, 1, 0}},
+    {"never nobody at the finest level", TOPK, 0, 0, {.1, .5}, {0}, 4, {.1f, .2f, .4f, .3f}, {0, 0, 1, 2}},
+    {"finest level 2", TOPK, 0, 0, {0, .1, 1}, {0}, 4, {.1f, .2f, .4f, .3f}, {4, 4, 2, 4}},
+    {"0.7 of 10 is 7, as doubles multiply", TOPK, 0, 0, {.7}, {0}, 10,
      {.1f, .1f, .1f, .1f, .1f, .1f, .1f, .1f, .1f, .1f}, {1, 1, 1, 1, 1, 1, 1, 0, 0, 0}},
-    {"counts are per level", PSA_MASK_TOPK, 0, 0, {0}, {1, 2, 0, 3}, 8, {.1f, .2f, .3f, .05f, .15f, .08f, .07f, .05f}, {8, 2, 1, 0, 2, 8, 8, 0}},
-    {"counts beyond the row", PSA_MASK_TOPK, 0, 0, {0}, {1, 90, 0, 0}, 3, {.2f, .5f, .3f}, {2, 1, 2}},
-    {"counts beside shares", PSA_MASK_TOPK, 0, 0, {1, 1, 0, 0}, {0, 1, 0, 0}, 3, {.2f, .5f, .3f}, {0, 2, 0}},
-    {"mass ahead", PSA_MASK_THRESHOLD, 0, 0, {.4, .7, .9, 0}, {0}, 5, {.3f, .3f, .2f, .15f, .05f}, {1, 1, 2, 4, 0}},
-    {"the block that crosses keeps the finer level", PSA_MASK_THRESHOLD, 0, 0, {.2, 0, 0, 0}, {0}, 3, {.9f, .06f, .04f}, {1, 0, 0}},
-    {"a bound met exactly is kept", PSA_MASK_THRESHOLD, 0, 0, {.5, 0, 0, 0}, {0}, 3, {.5f, .25f, .25f}, {1, 1, 0}},
-    {"floor of level 1", PSA_MASK_THRESHOLD, 0, .5, {.1, .2, 0, 0}, {0}, 4, {.7f, .1f, .15f, .05f}, {1, 1, 1, 0}},
-    {"own mass counted", PSA_MASK_THRESHOLD, 1, 0, {.4, .7, .9, 0}, {0}, 5, {.3f, .3f, .2f, .15f, .05f}, {1, 2, 4, 0, 0}},
-    {"own mass counted, the top block stays", PSA_MASK_THRESHOLD, 1, 0, {.4, .7, 0, 0}, {0}, 3, {.8f, .1f, .1f}, {1, 0, 0}},
-    {"own mass counted, the top block is not made coarser", PSA_MASK_THRESHOLD, 1, 0, {.4, .9, 0, 0}, {0}, 3, {.8f, .1f, .1f}, {1, 2, 0}},
-    {"dense", PSA_MASK_DENSE, 0, 0, {0}, {0}, 3, {.8f, .1f, .1f}, {1, 1, 1}},
+    {"counts are per level", TOPK, 0, 0, {0}, {1, 2, 0, 3}, 8,
+     {.1f, .2f, .3f, .05f, .15f, .08f, .07f, .05f}, {8, 2, 1, 0, 2, 8, 8, 0}},
+    {"counts beyond the row", TOPK, 0, 0, {0}, {1, INT_MAX, INT_MAX, 0}, 3, {.2f, .5f, .3f}, {2, 1, 2}},
+    {"counts beside shares", TOPK, 0, 0, {1, 1}, {0, 1, 0, 0}, 3, {.2f, .5f, .3f}, {0, 2, 0}},
+    {"mass ahead", MASS, 0, 0, {.4, .7, .9}, {0}, 5, {.3f, .3f, .2f, .15f, .05f}, {1, 1, 2, 4, 0}},
+    {"crossing keeps the finer level", MASS, 0, 0, {.2}, {0}, 3, {.9f, .06f, .04f}, {1, 0, 0}},
+    {"a bound met exactly is kept", MASS, 0, 0, {.5}, {0}, 3, {.5f, .25f, .25f}, {1, 1, 0}},
+    {"floor of level 1", MASS, 0, .5, {.1, .2}, {0}, 4, {.7f, .1f, .15f, .05f}, {1, 1, 1, 0}},
+    {"own mass", MASS, 1, 0, {.4, .7, .9}, {0}, 5, {.3f, .3f, .2f, .15f, .05f}, {1, 2, 4, 0, 0}},
+    {"own mass, the top block stays", MASS, 1, 0, {.4, .7}, {0}, 3, {.8f, .1f, .1f}, {1, 0, 0}},
+    {"own mass, the top block is not made coarser", MASS, 1, 0, {.4, .9}, {0}, 3, {.8f, .1f, .1f}, {1, 2, 0}},
+    {"dense", DENSE, 0, 0, {0}, {0}, 3, {.8f, .1f, .1f}, {1, 1, 1}},
 };
 
 static void mask_by_hand(void) {
@@ -46,7 +50,7 @@ static void mask_by_hand(void) {
         oracle o;
         memset(&desc, 0, sizeof desc);
         desc.block_q = desc.block_k = 16;
-        desc.mask = row->mask, desc.inclusive = row->inclusive, desc.min_full = row->min_full;
+        desc.mask = (psa_mask_kind)row->mask, desc.inclusive = row->inclusive, desc.min_full = row->min_full;
         memcpy(desc.level_end, row->level_end, sizeof row->level_end);
         memcpy(desc.level_count, row->level_count, sizeof row->level_count);
         psa_tensor q = psa_tensor_4d(NULL, PSA_F32, 8, 3, 1, 1), k = psa_tensor_4d(NULL, PSA_F32, 8, 16 * row->n, 1, 1);
@@ -58,7 +62,8 @@ static void mask_by_hand(void) {
         oracle_mask(&o, row->score, expected);
         for (int J = 0; J < row->n; J++) {
             CHECK(got[J] == row->level[J], "%s: block %d is %d, expected %d", row->what, J, got[J], row->level[J]);
-            CHECK(expected[J] == row->level[J], "oracle, %s: block %d is %d, expected %d", row->what, J, expected[J], row->level[J]);
+            CHECK(expected[J] == row->level[J], "oracle, %s: block %d is %d, expected %d", row->what, J, expected[J],
+                  row->level[J]);
         }
         free(work);
     }
@@ -114,7 +119,8 @@ static void correlate_keys(setup *s) {
         for (int64_t n = 1; n < s->o.Nk; n++)
             for (int64_t d = 0; d < s->o.D; d++) {
                 int64_t at = (row * s->o.Nk + n) * s->o.D + d;
-                tensor_set(&s->k, d, n, row % s->o.Hkv, row / s->o.Hkv, carry * s->k.x[at - s->o.D] + (1 - carry) * s->k.x[at]);
+                tensor_set(&s->k, d, n, row % s->o.Hkv, row / s->o.Hkv,
+                           carry * s->k.x[at - s->o.D] + (1 - carry) * s->k.x[at]);
             }
         if (rnd_chance(50))
             for (int64_t d = 0, n = rnd_int(0, (int)s->o.Nk - 1); d < s->o.D; d++)
@@ -146,9 +152,9 @@ static void check_levels(setup *s) {
     for (size_t i = map; i-- > 0;)
         if (setup_levels(s)[i] != want[i])
             wrong++, first = i;
-    CHECK(wrong == 0, "%d of %d levels differ; head %d, query block %d, KV block %d: %d, expected %d", (int)wrong, (int)map,
-          (int)(first / (size_t)(s->o.nq * s->o.nk)), (int)(first / (size_t)s->o.nk % (size_t)s->o.nq), (int)(first % (size_t)s->o.nk),
-          setup_levels(s)[first], want[first]);
+    CHECK(wrong == 0, "%d of %d levels differ; head %d, query block %d, KV block %d: %d, expected %d", (int)wrong,
+          (int)map, (int)(first / (size_t)(s->o.nq * s->o.nk)), (int)(first / (size_t)s->o.nk % (size_t)s->o.nq),
+          (int)(first % (size_t)s->o.nk), setup_levels(s)[first], want[first]);
     CHECK_GUARDS(s);
     free(want);
 }
@@ -227,6 +233,48 @@ static void mask_dense(void) {
     }
 }
 
+/* Everything is protected, by numbers that leave no room for sums. */
+static void mask_protect_all(void) {
+    for (int r = 0; r < test_rounds(20); r++) {
+        rnd_round(r);
+        shape x = shape_mask();
+        psa_desc desc = desc_random_blocks(&x);
+        if (r % 2)
+            desc.n_prefix = INT64_MAX;
+        if (r % 3)
+            desc.n_suffix = INT64_MAX;
+        mask_case(&desc, &x);
+    }
+}
+
+/* Scores that are not numbers: the levels are levels all the same, and other rows do not notice. */
+static void mask_nan(void) {
+    for (int r = 0; r < test_rounds(60); r++) {
+        rnd_round(r);
+        setup s;
+        shape x = shape_mask();
+        psa_desc desc = desc_random_blocks(&x);
+        random_method(&desc);
+        if (!setup_init(&s, &desc, &x))
+            continue;
+        random_scores(&s);
+        size_t nk = (size_t)s.plan.nk, map = psa_map_size(&s.plan), row = rnd_u64() % (map / nk) * nk;
+        uint8_t *want = (uint8_t *)xmalloc(map);
+        oracle_mask(&s.o, setup_scores(&s), want);
+        for (size_t J = 0; J < nk; J++)
+            if (rnd_chance(50))
+                setup_scores(&s)[row + J] = rnd_chance(50) ? NAN : rnd_chance(50) ? INFINITY : -INFINITY;
+        run_pool(&s, 1), run_mask(&s, 1);
+        for (size_t i = 0; i < map; i++) {
+            int level = setup_levels(&s)[i], valid = level <= desc.block_k && (level & (level - 1)) == 0;
+            CHECK(i >= row && i < row + nk ? valid : level == want[i], "entry %d is %d", (int)i, level);
+        }
+        CHECK_GUARDS(&s);
+        free(want);
+        setup_free(&s);
+    }
+}
+
 /* A plan without V scores and masks as one with it. */
 static void mask_without_v(void) {
     for (int r = 0; r < test_rounds(40); r++) {
@@ -259,6 +307,8 @@ static void mask_without_v(void) {
     }
 }
 
-const test_case tests_mask[] = {{"mask/by_hand", mask_by_hand},     {"mask/plain", mask_plain}, {"mask/everything", mask_everything},
-                                {"mask/causal", mask_causal},       {"mask/dense", mask_dense}, {"mask/without_v", mask_without_v},
-                                {NULL, NULL}};
+const test_case tests_mask[] = {
+    {"mask/by_hand", mask_by_hand}, {"mask/plain", mask_plain},         {"mask/everything", mask_everything},
+    {"mask/causal", mask_causal},   {"mask/dense", mask_dense},         {"mask/protect_all", mask_protect_all},
+    {"mask/nan", mask_nan},         {"mask/without_v", mask_without_v}, {NULL, NULL},
+};

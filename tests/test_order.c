@@ -53,7 +53,8 @@ static double *permuted(const double *x, const psa_order *order, int64_t B, int6
     for (int64_t row = 0; row < B * H; row++)
         for (int64_t p = 0; p < N; p++) {
             int64_t token = order_at(order, row / H, row % H, p);
-            memcpy(to + (row * N + (back ? token : p)) * D, x + (row * N + (back ? p : token)) * D, (size_t)D * sizeof *to);
+            memcpy(to + (row * N + (back ? token : p)) * D, x + (row * N + (back ? p : token)) * D,
+                   (size_t)D * sizeof *to);
         }
     return to;
 }
@@ -95,7 +96,8 @@ static void order_tile(void) {
                         for (int y = j; y < j + b && y < h; y++)
                             for (int z = k; z < k + c && z < w; z++)
                                 wrong += at[n++] != (x * h + y) * w + z;
-        CHECK(wrong == 0 && n == t * h * w, "%dx%dx%d in tiles of %dx%dx%d: %d of %d differ", t, h, w, a, b, c, wrong, n);
+        CHECK(wrong == 0 && n == t * h * w, "%dx%dx%d in tiles of %dx%dx%d: %d of %d differ", t, h, w, a, b, c, wrong,
+              n);
         CHECK(guarded_intact(&index), "guard bytes were written");
         guarded_free(&index);
     }
@@ -126,13 +128,15 @@ static void order_permute(void) {
         int64_t D = 8 * rnd_int(1, 8), N = rnd_int(1, 100), H = rnd_int(1, 4), B = rnd_int(1, 3);
         psa_type type = (psa_type)rnd_int(0, 2);
         random_order order = order_new(N, H, B);
-        tensor in = tensor_input(type, LAYOUT_RANDOM, D, N, H, B, 1), out = tensor_output(type, LAYOUT_RANDOM, D, N, H, B);
+        tensor in = tensor_input(type, LAYOUT_RANDOM, D, N, H, B, 1),
+               out = tensor_output(type, LAYOUT_RANDOM, D, N, H, B);
         tensor back = tensor_output(type, LAYOUT_RANDOM, D, N, H, B);
         for (int ith = 0, nth = rnd_int(1, 7); ith < nth; ith++)
             CHECK_RESULT(psa_permute(&in.t, &order.order, &out.t, ith, nth), PSA_OK);
         for (int ith = 0, nth = rnd_int(1, 7); ith < nth; ith++)
             CHECK_RESULT(psa_unpermute(&out.t, &order.order, &back.t, ith, nth), PSA_OK);
-        double *want = permuted(in.x, &order.order, B, H, N, D, 0), *got = tensor_values(&out.t), *again = tensor_values(&back.t);
+        double *want = permuted(in.x, &order.order, B, H, N, D, 0), *got = tensor_values(&out.t),
+               *again = tensor_values(&back.t);
         size_t size = (size_t)(D * N * H * B) * sizeof *want;
         CHECK(!memcmp(want, got, size), "the permuted tensor differs");
         CHECK(!memcmp(in.x, again, size), "permuting and back is not the identity");
@@ -173,7 +177,8 @@ static void ordered_free(setup *s, ordered *o) {
 /* out and lse are in the caller's order again. */
 static void check_ordered(setup *s, const ordered *o) {
     int64_t rows = s->o.B * s->o.Hq * s->o.Nq;
-    double *out = (double *)xmalloc((size_t)(rows * s->o.Dv) * sizeof *out), *lse = (double *)xmalloc((size_t)rows * sizeof *lse);
+    double *out = (double *)xmalloc((size_t)(rows * s->o.Dv) * sizeof *out),
+           *lse = (double *)xmalloc((size_t)rows * sizeof *lse);
     oracle_attend(&s->o, setup_levels(s), out, lse);
     double *want = permuted(out, &o->q.order, s->o.B, s->o.Hq, s->o.Nq, s->o.Dv, 1);
     double *want_lse = permuted(lse, &o->q.order, s->o.B, s->o.Hq, s->o.Nq, 1, 1);
@@ -238,8 +243,10 @@ static void order_equals_permute(void) {
         if (!ordered_init(&s, &o, &desc, &x))
             continue;
         psa_extra extra;
-        tensor q = tensor_output(x.type_q, LAYOUT_PLAIN, x.D, x.Nq, x.Hq, x.B), k = tensor_output(x.type_kv, LAYOUT_PLAIN, x.D, x.Nk, x.Hkv, x.B);
-        tensor v = tensor_output(x.type_kv, LAYOUT_PLAIN, x.Dv, x.Nk, x.Hkv, x.B), out = tensor_output(PSA_F32, LAYOUT_PLAIN, x.Dv, x.Nq, x.Hq, x.B);
+        tensor q = tensor_output(x.type_q, LAYOUT_PLAIN, x.D, x.Nq, x.Hq, x.B),
+               k = tensor_output(x.type_kv, LAYOUT_PLAIN, x.D, x.Nk, x.Hkv, x.B);
+        tensor v = tensor_output(x.type_kv, LAYOUT_PLAIN, x.Dv, x.Nk, x.Hkv, x.B),
+               out = tensor_output(PSA_F32, LAYOUT_PLAIN, x.Dv, x.Nq, x.Hq, x.B);
         tensor back = tensor_output(PSA_F32, LAYOUT_PLAIN, x.Dv, x.Nq, x.Hq, x.B);
         memset(&extra, 0, sizeof extra);
         extra.levels = setup_levels(&s);
@@ -407,13 +414,39 @@ static void semantic_splits(void) {
     clusters_free(&c);
 }
 
-const test_case tests_order[] = {{"order/gilbert", order_gilbert},
-                                 {"order/tile", order_tile},
-                                 {"order/embed", order_embed},
-                                 {"order/permute", order_permute},
-                                 {"order/attention", order_attention},
-                                 {"order/equals_permute", order_equals_permute},
-                                 {"order/semantic_carried", semantic_carried},
-                                 {"order/semantic_converges", semantic_converges},
-                                 {"order/semantic_splits", semantic_splits},
-                                 {NULL, NULL}};
+/* Whatever the tokens are, the order is a permutation: equal tokens, as many clusters as tokens, NaN and Inf. */
+static void semantic_odd_tokens(void) {
+    for (int r = 0; r < test_rounds(60); r++) {
+        rnd_round(r);
+        int N = rnd_int(1, 40), prefix = rnd_int(0, N / 2), suffix = rnd_int(0, N - prefix - 1),
+            n = rnd_int(1, N - prefix - suffix);
+        tensor x = tensor_input((psa_type)(r % 3), LAYOUT_RANDOM, 8, N, 1, 1, r % 4 ? 1 : 0);
+        guarded index = guarded_new((size_t)N * sizeof(int32_t), 0),
+                work = guarded_new(psa_order_semantic_work_size(&x.t, n, 1), 1);
+        guarded centroids = guarded_new((size_t)n * 8 * sizeof(float), 0);
+        for (int i = r % 5; i > 0; i--)
+            tensor_set(&x, rnd_int(0, 7), rnd_int(0, N - 1), 0, 0, i % 2 ? NAN : INFINITY);
+        CHECK_RESULT(psa_order_semantic(&x.t, prefix, suffix, n, 5, (float *)guarded_data(&centroids), 0,
+                                        (int32_t *)guarded_data(&index), guarded_data(&work), 0, 1),
+                     PSA_OK);
+        CHECK(is_permutation((int32_t *)guarded_data(&index), N), "no permutation: %d tokens, %d clusters", N, n);
+        CHECK(guarded_intact(&index) && guarded_intact(&work) && guarded_intact(&centroids),
+              "guard bytes were written");
+        guarded_free(&index), guarded_free(&work), guarded_free(&centroids);
+        tensor_free(&x);
+    }
+}
+
+const test_case tests_order[] = {
+    {"order/gilbert", order_gilbert},
+    {"order/tile", order_tile},
+    {"order/embed", order_embed},
+    {"order/permute", order_permute},
+    {"order/attention", order_attention},
+    {"order/equals_permute", order_equals_permute},
+    {"order/semantic_carried", semantic_carried},
+    {"order/semantic_converges", semantic_converges},
+    {"order/semantic_splits", semantic_splits},
+    {"order/semantic_odd_tokens", semantic_odd_tokens},
+    {NULL, NULL},
+};

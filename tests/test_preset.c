@@ -1,55 +1,54 @@
 /* test_preset.c - the settings of published models, line by line. */
 #include "test.h"
 
+enum { TOPK = PSA_MASK_TOPK, THRESHOLD = PSA_MASK_THRESHOLD, NONE = PSA_ORDER_NONE, GILBERT = PSA_ORDER_GILBERT };
+
 typedef struct preset_row {
     const char *name;
-    int block_q, block_k;
-    psa_mask_kind mask;
-    double level_end[5];
-    psa_order_kind order;
-    int warmup_steps;
+    int block_q, block_k, mask;
+    double level_end[4];
+    int order, warmup_steps;
     double warmup_share;
     double sim_min[3]; /* 0: no cap */
-    int n_text;
-    double min_full;
-    int inclusive, causal, antidiagonal, sink, diagonal, suffix;
+    int n_text, is_qwen;
 } preset_row;
 
-#define NO_SIMILARITY {0, 0, 0}
-
 static const preset_row rows[] = {
-    {"wan2.1-14b", 128, 128, PSA_MASK_THRESHOLD, {.4, .5, .6, .8}, PSA_ORDER_GILBERT, 15, 0, NO_SIMILARITY, 0, .06, 0, 0, 0, 0, 0, 0},
-    {"wan2.1-1.3b", 128, 128, PSA_MASK_THRESHOLD, {.5, .6, .7, .8}, PSA_ORDER_GILBERT, 15, 0, {.7, .65, .6}, 0, .06, 0, 0, 0, 0, 0, 0},
-    {"wan2.1-1.3b-topk", 128, 32, PSA_MASK_TOPK, {.05, .1, .15, .25}, PSA_ORDER_GILBERT, 15, 0, NO_SIMILARITY, 0, 0, 0, 0, 0, 0, 0, 0},
-    {"wan2.2-a14b", 128, 32, PSA_MASK_THRESHOLD, {.5, .6, .6, .8}, PSA_ORDER_GILBERT, 12, 0, NO_SIMILARITY, 0, .06, 0, 0, 0, 0, 0, 0},
-    {"wan2.2-5b", 128, 32, PSA_MASK_THRESHOLD, {.6, .7, .7, .8}, PSA_ORDER_GILBERT, 15, 0, NO_SIMILARITY, 0, .06, 0, 0, 0, 0, 0, 0},
-    {"cogvideox1.5-5b", 128, 32, PSA_MASK_TOPK, {.1, .15, .15, .35}, PSA_ORDER_GILBERT, 15, 0, NO_SIMILARITY, 226, 0, 0, 0, 0, 0, 0, 0},
-    {"cogvideox-5b", 128, 128, PSA_MASK_TOPK, {.1, .15, .15, .35}, PSA_ORDER_NONE, 15, 0, NO_SIMILARITY, 226, 0, 0, 0, 0, 0, 0, 0},
-    {"cogvideox-5b-4step", 128, 128, PSA_MASK_TOPK, {.05, .15, .25, .5}, PSA_ORDER_NONE, 0, 0, NO_SIMILARITY, 226, 0, 0, 0, 0, 0, 0, 0},
-    {"qwen2.5-vl", 128, 128, PSA_MASK_THRESHOLD, {.7, .8, .9, .9}, PSA_ORDER_NONE, 0, 0, {.75, .7, .7}, 0, 0, 1, 1, 1, 1, 1, 512},
-    {"default", 128, 64, PSA_MASK_TOPK, {.1, .15, .15, .35}, PSA_ORDER_NONE, 0, 0, NO_SIMILARITY, 0, 0, 0, 0, 0, 0, 0, 0},
-    {"paper-25", 128, 64, PSA_MASK_TOPK, {.15, .25, .45}, PSA_ORDER_GILBERT, 0, .25, NO_SIMILARITY, 0, 0, 0, 0, 0, 0, 0, 0},
+    {"wan2.1-14b", 128, 128, THRESHOLD, {.4, .5, .6, .8}, GILBERT, 15, 0, {0, 0, 0}, 0, 0},
+    {"wan2.1-1.3b", 128, 128, THRESHOLD, {.5, .6, .7, .8}, GILBERT, 15, 0, {.7, .65, .6}, 0, 0},
+    {"wan2.1-1.3b-topk", 128, 32, TOPK, {.05, .1, .15, .25}, GILBERT, 15, 0, {0, 0, 0}, 0, 0},
+    {"wan2.2-a14b", 128, 32, THRESHOLD, {.5, .6, .6, .8}, GILBERT, 12, 0, {0, 0, 0}, 0, 0},
+    {"wan2.2-5b", 128, 32, THRESHOLD, {.6, .7, .7, .8}, GILBERT, 15, 0, {0, 0, 0}, 0, 0},
+    {"cogvideox1.5-5b", 128, 32, TOPK, {.1, .15, .15, .35}, GILBERT, 15, 0, {0, 0, 0}, 226, 0},
+    {"cogvideox-5b", 128, 128, TOPK, {.1, .15, .15, .35}, NONE, 15, 0, {0, 0, 0}, 226, 0},
+    {"cogvideox-5b-4step", 128, 128, TOPK, {.05, .15, .25, .5}, NONE, 0, 0, {0, 0, 0}, 226, 0},
+    {"qwen2.5-vl", 128, 128, THRESHOLD, {.7, .8, .9, .9}, NONE, 0, 0, {.75, .7, .7}, 0, 1},
+    {"default", 128, 64, TOPK, {.1, .15, .15, .35}, NONE, 0, 0, {0, 0, 0}, 0, 0},
+    {"paper-25", 128, 64, TOPK, {.15, .25, .45, 0}, GILBERT, 0, .25, {0, 0, 0}, 0, 0},
 };
 
 enum { N_ROWS = sizeof rows / sizeof *rows };
 
 static void check_desc(const preset_row *row, const psa_desc *d) {
     const char *n = row->name;
+    int qwen = row->is_qwen;
     CHECK(d->block_q == row->block_q && d->block_k == row->block_k, "%s: %d/%d", n, d->block_q, d->block_k);
-    CHECK(d->mask == row->mask && d->inclusive == row->inclusive && d->causal == row->causal, "%s: mask %d", n, (int)d->mask);
+    CHECK((int)d->mask == row->mask, "%s: mask %d", n, (int)d->mask);
     for (int i = 0; i < PSA_MAX_LEVELS; i++) {
-        CHECK(d->level_end[i] == (i < 5 ? row->level_end[i] : 0), "%s: level_end[%d] is %.17g", n, i, d->level_end[i]);
+        CHECK(d->level_end[i] == (i < 4 ? row->level_end[i] : 0), "%s: level_end[%d] %.17g", n, i, d->level_end[i]);
         CHECK(d->level_count[i] == 0, "%s: level_count[%d]", n, i);
     }
-    CHECK(d->min_full == row->min_full, "%s: min_full %g", n, d->min_full);
+    CHECK(d->min_full == (row->mask == THRESHOLD && !qwen ? .06 : 0), "%s: min_full %g", n, d->min_full);
     CHECK(d->n_sim_min == (row->sim_min[0] > 0 ? 3 : 0), "%s: n_sim_min %d", n, d->n_sim_min);
     for (int i = 0; i < d->n_sim_min && i < 3; i++)
         CHECK(d->sim_min[i] == row->sim_min[i], "%s: sim_min[%d] is %g", n, i, d->sim_min[i]);
-    CHECK(d->n_prefix == row->n_text && d->n_suffix == row->suffix, "%s: %d and %d protected", n, (int)d->n_prefix, (int)d->n_suffix);
-    CHECK(d->sink == row->sink && d->diagonal == row->diagonal && !d->skip_mean, "%s: sink %d, diagonal %d", n, d->sink, d->diagonal);
-    CHECK(d->score == (row->antidiagonal ? PSA_SCORE_ANTIDIAGONAL : PSA_SCORE_SAMPLE), "%s: score %d", n, (int)d->score);
-    CHECK(!row->antidiagonal || d->stride == 8, "%s: stride %d", n, d->stride);
-    CHECK(d->sample_q == .25 && d->sample_k == .25 && !d->score_norm && !d->score_mean, "%s: %g %g", n, d->sample_q, d->sample_k);
+    CHECK(d->n_prefix == row->n_text && d->n_suffix == (qwen ? 512 : 0), "%s: protected tokens", n);
+    CHECK(d->inclusive == qwen && d->causal == qwen, "%s: inclusive %d, causal %d", n, d->inclusive, d->causal);
+    CHECK(d->sink == qwen && d->diagonal == qwen && !d->skip_mean, "%s: sink %d, diagonal %d", n, d->sink, d->diagonal);
+    CHECK(d->score == (qwen ? PSA_SCORE_ANTIDIAGONAL : PSA_SCORE_SAMPLE), "%s: score %d", n, (int)d->score);
+    CHECK(!qwen || d->stride == 8, "%s: stride %d", n, d->stride);
+    CHECK(d->sample_q == .25 && d->sample_k == .25, "%s: samples %g %g", n, d->sample_q, d->sample_k);
+    CHECK(!d->score_norm && !d->score_mean, "%s: score_norm %d, score_mean %d", n, d->score_norm, d->score_mean);
 }
 
 /* With defaults resolved every preset is the line of the table. */
@@ -62,9 +61,9 @@ static void preset_table(void) {
         if (!CHECK(p != NULL, "%s is missing", rows[i].name))
             continue;
         CHECK(!strcmp(p->name, rows[i].name), "%s", p->name);
-        CHECK(p->order == rows[i].order, "%s: order %d", p->name, (int)p->order);
-        CHECK(p->warmup_steps == rows[i].warmup_steps && p->warmup_share == rows[i].warmup_share, "%s: warm-up %d %g", p->name,
-              p->warmup_steps, p->warmup_share);
+        CHECK((int)p->order == rows[i].order, "%s: order %d", p->name, (int)p->order);
+        CHECK(p->warmup_steps == rows[i].warmup_steps && p->warmup_share == rows[i].warmup_share, "%s: warm-up %d %g",
+              p->name, p->warmup_steps, p->warmup_share);
         CHECK(p->n_text == rows[i].n_text, "%s: %d text tokens", p->name, p->n_text);
         memset(&desc, 0xa5, sizeof desc);
         CHECK_RESULT(psa_desc_preset(rows[i].name, &desc), PSA_OK);
@@ -87,9 +86,9 @@ static void preset_grid(void) {
     static const struct {
         const char *name;
         int frames, height, width, grid[3];
-    } cases[] = {{"wan2.1-14b", 81, 720, 1280, {21, 45, 80}},    {"wan2.1-1.3b", 81, 480, 832, {21, 30, 52}},
+    } cases[] = {{"wan2.1-14b", 81, 720, 1280, {21, 45, 80}},      {"wan2.1-1.3b", 81, 480, 832, {21, 30, 52}},
                  {"wan2.1-1.3b-topk", 81, 480, 832, {21, 30, 52}}, {"wan2.2-a14b", 81, 720, 1280, {21, 45, 80}},
-                 {"wan2.2-5b", 121, 704, 1280, {31, 22, 40}},    {"cogvideox-5b", 49, 480, 720, {13, 30, 45}},
+                 {"wan2.2-5b", 121, 704, 1280, {31, 22, 40}},      {"cogvideox-5b", 49, 480, 720, {13, 30, 45}},
                  {"cogvideox1.5-5b", 81, 768, 1360, {11, 48, 85}}};
     int grid[3];
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -98,9 +97,15 @@ static void preset_grid(void) {
             continue;
         CHECK_RESULT(psa_preset_grid(p, cases[i].frames, cases[i].height, cases[i].width, grid), PSA_OK);
         CHECK(!memcmp(grid, cases[i].grid, sizeof grid), "%s: %dx%dx%d", cases[i].name, grid[0], grid[1], grid[2]);
-        CHECK(psa_preset_grid(p, cases[i].frames, 1, 1, grid) != PSA_OK, "%s: a grid for a single pixel", cases[i].name);
+        CHECK(psa_preset_grid(p, cases[i].frames, 1, 1, grid) != PSA_OK, "%s: a grid for a single pixel",
+              cases[i].name);
     }
     CHECK(psa_preset_grid(psa_preset_find("default"), 81, 480, 832, grid) != PSA_OK, "default has no grid rule");
 }
 
-const test_case tests_preset[] = {{"preset/table", preset_table}, {"preset/names", preset_names}, {"preset/grid", preset_grid}, {NULL, NULL}};
+const test_case tests_preset[] = {
+    {"preset/table", preset_table},
+    {"preset/names", preset_names},
+    {"preset/grid", preset_grid},
+    {NULL, NULL},
+};

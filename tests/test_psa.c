@@ -112,7 +112,8 @@ static int run_all(const char *filter, int list) {
 }
 
 static int usage(const char *argument) {
-    fprintf(stderr, "test_psa: %s: expected --list, --filter TEXT, --quick, --verbose, --seed N or --data DIR\n", argument);
+    fprintf(stderr, "test_psa: %s: expected --list, --filter TEXT, --quick, --verbose, --seed N or --data DIR\n",
+            argument);
     return 2;
 }
 

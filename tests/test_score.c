@@ -71,7 +71,8 @@ static void score_sample_all(void) {
         desc.sample_q = desc.sample_k = 1;
         if (!setup_init(&s, &desc, &x))
             continue;
-        CHECK(s.plan.n_sample_q == desc.block_q && s.plan.n_sample_k == desc.block_k, "%d %d", s.plan.n_sample_q, s.plan.n_sample_k);
+        CHECK(s.plan.n_sample_q == desc.block_q && s.plan.n_sample_k == desc.block_k, "%d %d", s.plan.n_sample_q,
+              s.plan.n_sample_k);
         run_score(&s, 1);
         check_scores(&s);
         setup_free(&s);
@@ -159,9 +160,12 @@ static void score_offsets(void) {
         psa_plan a = plan_of(&desc), b = plan_of(&desc);
         CHECK(ascending(a.sample_q, a.n_sample_q, desc.block_q), "%d query offsets", a.n_sample_q);
         CHECK(ascending(a.sample_k, a.n_sample_k, desc.block_k), "%d key offsets", a.n_sample_k);
-        CHECK(fabs(a.n_sample_q - desc.sample_q * desc.block_q) < 1 || a.n_sample_q == 1, "%d of %g", a.n_sample_q, desc.sample_q);
-        CHECK(fabs(a.n_sample_k - desc.sample_k * desc.block_k) < 1 || a.n_sample_k == 1, "%d of %g", a.n_sample_k, desc.sample_k);
-        CHECK(!memcmp(a.sample_q, b.sample_q, (size_t)a.n_sample_q) && !memcmp(a.sample_k, b.sample_k, (size_t)a.n_sample_k),
+        CHECK(fabs(a.n_sample_q - desc.sample_q * desc.block_q) < 1 || a.n_sample_q == 1, "%d of %g", a.n_sample_q,
+              desc.sample_q);
+        CHECK(fabs(a.n_sample_k - desc.sample_k * desc.block_k) < 1 || a.n_sample_k == 1, "%d of %g", a.n_sample_k,
+              desc.sample_k);
+        CHECK(!memcmp(a.sample_q, b.sample_q, (size_t)a.n_sample_q) &&
+                  !memcmp(a.sample_k, b.sample_k, (size_t)a.n_sample_k),
               "the same seed gave other offsets");
     }
 }
@@ -199,8 +203,8 @@ static void score_nan(void) {
             continue;
         for (int i = rnd_int(1, 20); i > 0; i--) {
             tensor *t = rnd_chance(50) ? &s.q : &s.k;
-            tensor_set(t, rnd_int(0, (int)t->t.ne[0] - 1), rnd_int(0, (int)t->t.ne[1] - 1), rnd_int(0, (int)t->t.ne[2] - 1),
-                       rnd_int(0, (int)t->t.ne[3] - 1), NAN);
+            tensor_set(t, rnd_int(0, (int)t->t.ne[0] - 1), rnd_int(0, (int)t->t.ne[1] - 1),
+                       rnd_int(0, (int)t->t.ne[2] - 1), rnd_int(0, (int)t->t.ne[3] - 1), NAN);
         }
         run_score(&s, 1);
         check_scores(&s);
@@ -229,7 +233,8 @@ static void score_nan_other_heads(void) {
         run_score(&s, 1);
         for (size_t i = 0; i < map / head; i++)
             if (i >= (size_t)(x.Hq / x.Hkv))
-                CHECK(!memcmp(clean + i * head, setup_scores(&s) + i * head, head * sizeof *clean), "head %d changed", (int)i);
+                CHECK(!memcmp(clean + i * head, setup_scores(&s) + i * head, head * sizeof *clean), "head %d changed",
+                      (int)i);
         free(clean);
         setup_free(&s);
     }
@@ -252,17 +257,19 @@ static void score_uniform(void) {
     }
 }
 
-const test_case tests_score[] = {{"score/sample", score_sample},
-                                 {"score/sample_all", score_sample_all},
-                                 {"score/antidiagonal", score_antidiagonal},
-                                 {"score/pooled", score_pooled},
-                                 {"score/exact", score_exact},
-                                 {"score/causal", score_causal},
-                                 {"score/every_isa", score_every_isa},
-                                 {"score/huge_logits", score_huge_logits},
-                                 {"score/offsets", score_offsets},
-                                 {"score/seeds", score_seeds},
-                                 {"score/nan", score_nan},
-                                 {"score/nan_other_heads", score_nan_other_heads},
-                                 {"score/uniform", score_uniform},
-                                 {NULL, NULL}};
+const test_case tests_score[] = {
+    {"score/sample", score_sample},
+    {"score/sample_all", score_sample_all},
+    {"score/antidiagonal", score_antidiagonal},
+    {"score/pooled", score_pooled},
+    {"score/exact", score_exact},
+    {"score/causal", score_causal},
+    {"score/every_isa", score_every_isa},
+    {"score/huge_logits", score_huge_logits},
+    {"score/offsets", score_offsets},
+    {"score/seeds", score_seeds},
+    {"score/nan", score_nan},
+    {"score/nan_other_heads", score_nan_other_heads},
+    {"score/uniform", score_uniform},
+    {NULL, NULL},
+};

@@ -13,7 +13,8 @@ typedef struct bits {
 static bits take_bits(const setup *s) {
     size_t map = psa_map_size(&s->plan);
     bits b;
-    b.scores = (float *)xmalloc(map * sizeof(float)), b.lse = (float *)xmalloc(s->lse.size), b.levels = (uint8_t *)xmalloc(map);
+    b.scores = (float *)xmalloc(map * sizeof(float)), b.lse = (float *)xmalloc(s->lse.size),
+    b.levels = (uint8_t *)xmalloc(map);
     memcpy(b.scores, setup_scores(s), map * sizeof(float));
     memcpy(b.lse, setup_lse(s), s->lse.size);
     memcpy(b.levels, setup_levels(s), map);
@@ -29,10 +30,11 @@ static void check_bits(const setup *s, const bits *want, int nth) {
     size_t map = psa_map_size(&s->plan);
     CHECK(!memcmp(got.scores, want->scores, map * sizeof(float)), "scores differ with %d threads", nth);
     CHECK(!memcmp(got.levels, want->levels, map), "levels differ with %d threads", nth);
-    CHECK(!memcmp(got.out, want->out, (size_t)tensor_count(&s->out.t) * sizeof(double)), "out differs with %d threads", nth);
+    CHECK(!memcmp(got.out, want->out, (size_t)tensor_count(&s->out.t) * sizeof(double)), "out differs with %d threads",
+          nth);
     CHECK(!memcmp(got.lse, want->lse, s->lse.size), "lse differs with %d threads", nth);
-    CHECK(got.mul_adds == want->mul_adds, "%.0f multiply-adds with %d threads, %.0f with one", (double)got.mul_adds, nth,
-          (double)want->mul_adds);
+    CHECK(got.mul_adds == want->mul_adds, "%.0f multiply-adds with %d threads, %.0f with one", (double)got.mul_adds,
+          nth, (double)want->mul_adds);
     CHECK_GUARDS(s);
     free_bits(&got);
 }
@@ -48,9 +50,9 @@ static psa_desc desc_any(const shape *x) {
 
 static void poison_everything(setup *s) {
     setup_poison_outputs(s);
-    memset(guarded_data(&s->work), 0xa5, s->work.size);
-    memset(guarded_data(&s->scores), 0xa5, s->scores.size);
-    memset(guarded_data(&s->levels), 0xa5, s->levels.size);
+    memset(guarded_data(&s->work), 0xff, s->work.size);
+    memset(guarded_data(&s->scores), 0xff, s->scores.size);
+    memset(guarded_data(&s->levels), 0xff, s->levels.size);
 }
 
 /* Every nth from 1 to 7, the shares done one after the other. */
@@ -96,8 +98,8 @@ static void *run_job(void *argument) {
     else if (j->stage == MASK)
         j->result = psa_mask(&s->plan, setup_scores(s), work, setup_levels(s), j->ith, j->nth);
     else
-        j->result = psa_attend(&s->plan, s->q.t.data, s->k.t.data, s->v.t.data, setup_levels(s), work, s->out.t.data, setup_lse(s),
-                               j->ith, j->nth);
+        j->result = psa_attend(&s->plan, s->q.t.data, s->k.t.data, s->v.t.data, setup_levels(s), work, s->out.t.data,
+                               setup_lse(s), j->ith, j->nth);
     return NULL;
 }
 
@@ -135,6 +137,36 @@ static void threads_real(void) {
     }
 }
 
+/* A plan is a plain value: a copy works when the original, the desc and the tensors' descriptions are gone. */
+static void threads_plan_copy(void) {
+    for (int r = 0; r < test_rounds(10); r++) {
+        rnd_round(r);
+        setup s;
+        shape x = shape_random();
+        psa_desc desc = desc_any(&x);
+        if (!setup_init(&s, &desc, &x))
+            continue;
+        run_pool(&s, 1), run_score(&s, 1), run_mask(&s, 1), run_attend(&s, setup_levels(&s), 1);
+        bits one = take_bits(&s);
+        psa_plan *copy = (psa_plan *)xmalloc(sizeof *copy);
+        memcpy(copy, &s.plan, sizeof *copy);
+        memset(&s.plan, 0xff, sizeof s.plan), memset(&desc, 0xff, sizeof desc), memset(&s.desc, 0xff, sizeof s.desc);
+        poison_everything(&s);
+        void *work = guarded_data(&s.work);
+        CHECK_RESULT(psa_pool(copy, s.k.t.data, s.v.t.data, work, 0, 1), PSA_OK);
+        CHECK_RESULT(psa_score(copy, s.q.t.data, s.k.t.data, work, setup_scores(&s), 0, 1), PSA_OK);
+        CHECK_RESULT(psa_mask(copy, setup_scores(&s), work, setup_levels(&s), 0, 1), PSA_OK);
+        CHECK_RESULT(psa_attend(copy, s.q.t.data, s.k.t.data, s.v.t.data, setup_levels(&s), work, s.out.t.data,
+                                setup_lse(&s), 0, 1),
+                     PSA_OK);
+        s.plan = *copy;
+        check_bits(&s, &one, 1);
+        free(copy);
+        free_bits(&one);
+        setup_free(&s);
+    }
+}
+
 /* ---- the hook ---- */
 
 typedef struct hook {
@@ -166,14 +198,15 @@ static void threads_parallel_fn(void) {
         bits one = take_bits(&s);
         for (int way = 0; way < 3; way++) {
             hook h = {0, way == 1, 0};
-            memset(guarded_data(&s.scores), 0xa5, s.scores.size), memset(guarded_data(&s.levels), 0xa5, s.levels.size);
+            memset(guarded_data(&s.scores), 0xff, s.scores.size), memset(guarded_data(&s.levels), 0xff, s.levels.size);
             setup_poison_outputs(&s);
             desc.n_threads = rnd_int(2, 7);
             desc.parallel_fn = way < 2 ? one_after_the_other : NULL; /* the third way: threads of its own */
             desc.parallel_user = &h;
             CHECK_RESULT(psa_attention(&desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t, &extra), PSA_OK);
             check_bits(&s, &one, desc.n_threads);
-            CHECK(way == 2 || (h.calls > 0 && h.most <= desc.n_threads), "%d calls, %d threads of %d", h.calls, h.most, desc.n_threads);
+            CHECK(way == 2 || (h.calls > 0 && h.most <= desc.n_threads), "%d calls, %d threads of %d", h.calls, h.most,
+                  desc.n_threads);
         }
         free_bits(&one);
         setup_free(&s);
@@ -215,7 +248,8 @@ static void threads_callers(void) {
         for (int i = 0; i < 4; i++) {
             pthread_join(thread[i], NULL);
             CHECK_RESULT(callers[i].result, PSA_OK);
-            CHECK(!memcmp(callers[i].out.memory, callers[0].out.memory, callers[0].out.size), "caller %d got something else", i);
+            CHECK(!memcmp(callers[i].out.memory, callers[0].out.memory, callers[0].out.size),
+                  "caller %d got something else", i);
         }
         for (int i = 0; i < 4; i++)
             tensor_free(&callers[i].out);
@@ -258,9 +292,12 @@ static void threads_float_mode(void) {
     }
 }
 
-const test_case tests_threads[] = {{"threads/splits", threads_splits},
-                                   {"threads/real", threads_real},
-                                   {"threads/parallel_fn", threads_parallel_fn},
-                                   {"threads/callers", threads_callers},
-                                   {"threads/float_mode", threads_float_mode},
-                                   {NULL, NULL}};
+const test_case tests_threads[] = {
+    {"threads/splits", threads_splits},
+    {"threads/real", threads_real},
+    {"threads/parallel_fn", threads_parallel_fn},
+    {"threads/plan_copy", threads_plan_copy},
+    {"threads/callers", threads_callers},
+    {"threads/float_mode", threads_float_mode},
+    {NULL, NULL},
+};

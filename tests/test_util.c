@@ -1,9 +1,10 @@
-/* test_util.c - memory with guards, element types, tensors, comparisons, and one attention call with everything around it. */
+/* test_util.c - memory with guards, element types, tensors, comparisons, and one attention call with everything around
+ * it. */
 #include "test.h"
 
 /* ---- memory ---- */
 
-enum { GUARD = 64, POISON = 0xa5 };
+enum { GUARD = 64, POISON = 0xff }; /* NaN in every type, and no level */
 
 void *xmalloc(size_t size) {
     void *p = malloc(size ? size : 1);
@@ -49,7 +50,8 @@ typedef struct format {
 } format;
 
 static format format_of(psa_type type) {
-    static const format f32 = {24, -126, 3.4028234663852886e38}, f16 = {11, -14, 65504}, bf16 = {8, -126, 3.3895313892515355e38};
+    static const format f32 = {24, -126, 3.4028234663852886e38}, f16 = {11, -14, 65504},
+                        bf16 = {8, -126, 3.3895313892515355e38};
     return type == PSA_F32 ? f32 : type == PSA_F16 ? f16 : bf16;
 }
 
@@ -231,14 +233,15 @@ int tensor_untouched(const tensor *a) { return all_poison(a->memory, a->size + G
 /* ---- comparisons ---- */
 
 /* Each f32 output is a weighted mean of values near 1, made of up to a few hundred products, each good to 2^-24, and of
- * weights exp(x) whose relative error is the error of the logit (a few 1e-6 where |logit| is 10): 2e-5 in the worst case.
- * f16 and bf16 add half a unit in the last place of their own, and half the smallest subnormal. */
+ * weights exp(x) whose relative error is the error of the logit (a few 1e-6 where |logit| is 10): 2e-5 in the worst
+ * case. f16 and bf16 add half a unit in the last place of their own, and half the smallest subnormal. */
 tolerance tolerance_of(psa_type type) {
     static const tolerance f32 = {2e-5, 1e-5}, f16 = {2e-5 + 3e-8, 1e-5 + 1.0 / 2048}, bf16 = {2e-5, 1e-5 + 1.0 / 256};
     return type == PSA_F32 ? f32 : type == PSA_F16 ? f16 : bf16;
 }
 
-double compare(const char *file, int line, const char *what, const double *got, const double *want, int64_t n, tolerance t) {
+double compare(const char *file, int line, const char *what, const double *got, const double *want, int64_t n,
+               tolerance t) {
     double worst_excess = 0, worst_error = 0, noise = 0, signal = 0;
     int64_t worst = -1;
     for (int64_t i = 0; i < n; i++) {
@@ -256,10 +259,11 @@ double compare(const char *file, int line, const char *what, const double *got, 
     }
     /* The mean is far below the worst case: a tenth of the tolerance, for the whole of the output. */
     double nmse = signal > 0 ? noise / signal : 0, limit = (t.absolute + t.relative) * (t.absolute + t.relative);
-    test_check(worst_excess <= 1, file, line, what, "element %d of %d: got %.9g, expected %.9g, error %.3g", (int)worst, (int)n,
-               worst < 0 ? 0 : got[worst], worst < 0 ? 0 : want[worst], worst_error);
+    test_check(worst_excess <= 1, file, line, what, "element %d of %d: got %.9g, expected %.9g, error %.3g", (int)worst,
+               (int)n, worst < 0 ? 0 : got[worst], worst < 0 ? 0 : want[worst], worst_error);
     if (n >= 64 && signal > 1e-6 * (double)n && isfinite(signal))
-        test_check(nmse <= limit, file, line, what, "NMSE %.3g over %d elements, expected at most %.3g", nmse, (int)n, limit);
+        test_check(nmse <= limit, file, line, what, "NMSE %.3g over %d elements, expected at most %.3g", nmse, (int)n,
+                   limit);
     return worst_error;
 }
 
@@ -277,7 +281,9 @@ double *doubles_of(const float *x, size_t n) {
 
 static psa_type random_type(void) { return (psa_type)rnd_int(PSA_F32, PSA_BF16); }
 
-static int64_t random_head(void) { return 8 * (rnd_chance(15) ? rnd_int(1, 32) : rnd_chance(50) ? rnd_int(1, 4) : rnd_int(1, 10)); }
+static int64_t random_head(void) {
+    return 8 * (rnd_chance(15) ? rnd_int(1, 32) : rnd_chance(50) ? rnd_int(1, 4) : rnd_int(1, 10));
+}
 
 shape shape_random(void) {
     shape s;
@@ -301,7 +307,7 @@ psa_desc desc_random_blocks(const shape *s) {
     d.block_q = rnd_chance(50) ? 16 * rnd_int(1, 4) : rnd_int(16, 256);
     d.block_k = 16 << rnd_int(0, 3);
     d.causal = rnd_chance(40);
-    d.scale = rnd_chance(30) ? (float)(rnd_uniform() / sqrt((double)s->D)) : 0;
+    d.scale = rnd_chance(30) ? (float)((2 * rnd_uniform() - 1) / sqrt((double)s->D)) : 0;
     d.isa = isa_random();
     d.n_threads = 7;
     d.seed = rnd_u64();
@@ -369,14 +375,16 @@ int run_pool(setup *s, int nth) {
 int run_score(setup *s, int nth) {
     int ok = 1;
     for (int i = 0; i < nth; i++)
-        ok &= CHECK_RESULT(psa_score(&s->plan, s->q.t.data, s->k.t.data, guarded_data(&s->work), setup_scores(s), i, nth), PSA_OK);
+        ok &= CHECK_RESULT(
+            psa_score(&s->plan, s->q.t.data, s->k.t.data, guarded_data(&s->work), setup_scores(s), i, nth), PSA_OK);
     return ok;
 }
 
 int run_mask(setup *s, int nth) {
     int ok = 1;
     for (int i = 0; i < nth; i++)
-        ok &= CHECK_RESULT(psa_mask(&s->plan, setup_scores(s), guarded_data(&s->work), setup_levels(s), i, nth), PSA_OK);
+        ok &=
+            CHECK_RESULT(psa_mask(&s->plan, setup_scores(s), guarded_data(&s->work), setup_levels(s), i, nth), PSA_OK);
     return ok;
 }
 
@@ -399,7 +407,8 @@ void check_guards(const char *file, int line, const setup *s) {
 
 double check_attention(const char *file, int line, setup *s, const uint8_t *levels) {
     int64_t rows = s->o.B * s->o.Hq * s->o.Nq;
-    double *out = (double *)xmalloc((size_t)(rows * s->o.Dv) * sizeof *out), *lse = (double *)xmalloc((size_t)rows * sizeof *lse);
+    double *out = (double *)xmalloc((size_t)(rows * s->o.Dv) * sizeof *out),
+           *lse = (double *)xmalloc((size_t)rows * sizeof *lse);
     double *got = tensor_values(&s->out.t), *got_lse = doubles_of(setup_lse(s), (size_t)rows);
     oracle_attend(&s->o, levels, out, lse);
     double error = compare(file, line, "out", got, out, rows * s->o.Dv, tolerance_of(s->out.t.type));

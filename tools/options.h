@@ -1,4 +1,4 @@
-/* options.h - the options of the psa command: one table that parses them and writes the usage text.
+/* options.h - options of the psa command and of the classifier: one table that parses them and writes the usage text.
  * Include after psa.h. Everything is static. */
 #ifndef OPTIONS_H
 #define OPTIONS_H
@@ -13,13 +13,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CMD_ATTEND = 1, CMD_SCORE = 2, CMD_MASK = 4, CMD_ORDER = 8, CMD_BENCH = 16 };
+enum { CMD_ATTEND = 1, CMD_SCORE = 2, CMD_MASK = 4, CMD_ORDER = 8, CMD_BENCH = 16, CMD_CLASSIFY = 32 };
 
 enum { BENCH_CASES = 16 };
 
+/* A command that takes options. */
+typedef struct syntax {
+    const char *name;         /* "psa attend": what errors begin with */
+    unsigned command;         /* its bit in the table */
+    const struct option *own; /* its own rows, into a struct that begins with options; they go first */
+    int n_own;
+} syntax;
+
 typedef struct options {
-    const char *command;
-    int help;
+    const syntax *syntax;
+    const char **words; /* the caller's, one for each argument: those that are no options; NULL: there must be none */
+    int n_words, help;
     psa_desc desc;
     int preset; /* index, -1: none */
     const char *q, *k, *v, *out, *lse, *levels, *scores, *save_scores, *save_levels, *stats, *png;
@@ -39,7 +48,7 @@ static int fail(const options *o, const char *format, ...)
 static int fail(const options *o, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fprintf(stderr, "psa %s: ", o->command);
+    fprintf(stderr, "%s: ", o->syntax->name);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
@@ -48,28 +57,28 @@ static int fail(const options *o, const char *format, ...) {
 
 /* ---- names: the i-th one, NULL past the end ---- */
 
-static const char *name_of(const char *const *names, int n, int i) {
+static const char *nth_name(const char *const *names, int n, int i) {
     return i >= 0 && i < n ? names[i] : NULL;
 }
 static const char *type_name(int i) {
     static const char *const names[] = {"f32", "f16", "bf16"};
-    return name_of(names, 3, i);
+    return nth_name(names, 3, i);
 }
 static const char *score_name(int i) {
     static const char *const names[] = {"sample", "antidiagonal", "pooled", "exact"};
-    return name_of(names, 4, i);
+    return nth_name(names, 4, i);
 }
 static const char *mask_name(int i) {
     static const char *const names[] = {"topk", "threshold", "dense"};
-    return name_of(names, 3, i);
+    return nth_name(names, 3, i);
 }
 static const char *order_name(int i) {
     static const char *const names[] = {"none", "gilbert", "tile", "semantic", "hybrid"};
-    return name_of(names, 5, i);
+    return nth_name(names, 5, i);
 }
 static const char *backend_name(int i) {
     static const char *const names[] = {"cpu", "cuda"};
-    return name_of(names, 2, i);
+    return nth_name(names, 2, i);
 }
 static const char *isa_name(int i) {
     return i < PSA_ISA_END ? psa_isa_name((psa_isa)i) : NULL;
@@ -94,13 +103,14 @@ typedef struct option {
 #define LIST(count, least, most, least_n, most_n) count, least, most, least_n, most_n, NULL
 #define NAMES(fn) 0, 0, 0, 0, 0, fn
 #define PLAIN 0, 0, 0, 0, 0, NULL
-#define SCORING (CMD_ATTEND | CMD_SCORE)
-#define MASKING (CMD_ATTEND | CMD_MASK)
-#define BLOCKS (CMD_ATTEND | CMD_SCORE | CMD_MASK)
+#define TENSORS (CMD_ATTEND | CMD_SCORE)
+#define SCORING (CMD_ATTEND | CMD_SCORE | CMD_CLASSIFY)
+#define MASKING (CMD_ATTEND | CMD_MASK | CMD_CLASSIFY)
+#define BLOCKS (CMD_ATTEND | CMD_SCORE | CMD_MASK | CMD_CLASSIFY)
 
 static const option option_table[] = {
-    {"--q", "FILE", "queries [B,Hq,N,D]: float32, float16, or bfloat16 as uint16", SCORING, FILE_NAME, AT(q), PLAIN},
-    {"--k", "FILE", "keys [B,Hkv,Nk,D]", SCORING, FILE_NAME, AT(k), PLAIN},
+    {"--q", "FILE", "queries [B,Hq,N,D]: float32, float16, or bfloat16 as uint16", TENSORS, FILE_NAME, AT(q), PLAIN},
+    {"--k", "FILE", "keys [B,Hkv,Nk,D]", TENSORS, FILE_NAME, AT(k), PLAIN},
     {"--v", "FILE", "values [B,Hkv,Nk,Dv]", CMD_ATTEND, FILE_NAME, AT(v), PLAIN},
     {"--scores", "FILE", "score map, float32 [B,Hq,nq,nk]; rows need not sum to 1", CMD_MASK, FILE_NAME, AT(scores),
      PLAIN},
@@ -109,14 +119,14 @@ static const option option_table[] = {
     {"--lse", "FILE", "also write log-sum-exp of every row, float32 [B,Hq,N]", CMD_ATTEND, FILE_NAME, AT(lse), PLAIN},
     {"--levels", "FILE", "bring your own level map, uint8 or int32 [B,Hq,nq,nk], in place of score and mask",
      CMD_ATTEND, FILE_NAME, AT(levels), PLAIN},
-    {"--preset", "NAME", "settings of a published model (psa info); other options override them", CMD_ATTEND, NAME,
-     AT(preset), NAMES(psa_preset_name)},
+    {"--preset", "NAME", "settings of a published model (psa info); other options override them",
+     CMD_ATTEND | CMD_CLASSIFY, NAME, AT(preset), NAMES(psa_preset_name)},
     {"--block-q", "N", "query rows in a block, 16 to 256; default 128", BLOCKS, INTEGER, AT(desc.block_q),
      NUMBER(1, INT_MAX)},
     {"--block-k", "N", "keys in a block, 16, 32, 64 or 128; default 64", BLOCKS, INTEGER, AT(desc.block_k),
      NUMBER(1, INT_MAX)},
-    {"--causal", NULL, "query i sees key j iff j <= i + (Nk - Nq)", BLOCKS, FLAG, AT(desc.causal), PLAIN},
-    {"--scale", "F", "logit = F * q.k; default 1/sqrt(D)", SCORING, SCALE, AT(desc.scale), NUMBER(-1e30, 1e30)},
+    {"--causal", NULL, "query i sees key j iff j <= i + (Nk - Nq)", TENSORS | CMD_MASK, FLAG, AT(desc.causal), PLAIN},
+    {"--scale", "F", "logit = F * q.k; default 1/sqrt(D)", TENSORS, SCALE, AT(desc.scale), NUMBER(-1e30, 1e30)},
     {"--score", "NAME", "sample, antidiagonal, pooled or exact; default sample", SCORING, NAME, AT(desc.score),
      NAMES(score_name)},
     {"--sample", "F", "sample: share of the tokens of each block, up to 1; default 0.25", SCORING, REAL, AT(sample),
@@ -137,9 +147,9 @@ static const option option_table[] = {
      NUMBER(0, 1)},
     {"--sim-min", "F,F,...", "mean cosine inside a block that levels 2, 4, ... must exceed", MASKING, REALS,
      AT(desc.sim_min), LIST(AT(desc.n_sim_min), -DBL_MAX, DBL_MAX, 1, PSA_MAX_LEVELS - 1)},
-    {"--prefix", "N", "first tokens that stay at level 1 and in place (text)", MASKING, TOKENS, AT(desc.n_prefix),
-     NUMBER(0, 9e15)},
-    {"--suffix", "N", "last tokens, likewise", MASKING, TOKENS, AT(desc.n_suffix), NUMBER(0, 9e15)},
+    {"--prefix", "N", "first tokens that stay at level 1 and in place (text)", CMD_ATTEND | CMD_MASK, TOKENS,
+     AT(desc.n_prefix), NUMBER(0, 9e15)},
+    {"--suffix", "N", "last tokens, likewise", CMD_ATTEND | CMD_MASK, TOKENS, AT(desc.n_suffix), NUMBER(0, 9e15)},
     {"--sink", NULL, "the first KV block is level 1 for everyone", MASKING, FLAG, AT(desc.sink), PLAIN},
     {"--diagonal", NULL, "a query block's own KV blocks are level 1", MASKING, FLAG, AT(desc.diagonal), PLAIN},
     {"--skip-mean", NULL, "a skipped block is read as one mean token", MASKING, FLAG, AT(desc.skip_mean), PLAIN},
@@ -171,17 +181,27 @@ static const option option_table[] = {
     {"--save-levels", "FILE", "uint8 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_levels), PLAIN},
     {"--stats", "FILE", "density, work and time as JSON", CMD_ATTEND, FILE_NAME, AT(stats), PLAIN},
     {"--png", "FILE", "picture of every head's level map", CMD_ATTEND, FILE_NAME, AT(png), PLAIN},
-    {"--compare", NULL, "also run dense attention; print both side by side", CMD_ATTEND, FLAG, AT(compare), PLAIN},
-    {"--json", NULL, "print the results as JSON", CMD_BENCH, FLAG, AT(json), PLAIN},
+    {"--compare", NULL, "also run dense attention; print both side by side", CMD_ATTEND | CMD_CLASSIFY, FLAG,
+     AT(compare), PLAIN},
+    {"--json", NULL, "print the results as JSON", CMD_BENCH | CMD_CLASSIFY, FLAG, AT(json), PLAIN},
 };
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
 
-static void print_options(unsigned command) {
-    for (int i = 0; i < OPTION_COUNT; i++) {
-        const option *p = &option_table[i];
+/* The i-th row that the command takes, NULL past the end. */
+static const option *option_row(const syntax *s, int i) {
+    if (i < s->n_own)
+        return &s->own[i];
+    i -= s->n_own;
+    for (int row = 0; row < OPTION_COUNT; row++)
+        if (option_table[row].commands & s->command && i-- == 0)
+            return &option_table[row];
+    return NULL;
+}
+
+static void print_options(const syntax *s) {
+    const option *p;
+    for (int i = 0; (p = option_row(s, i)); i++) {
         char left[64];
-        if (!(p->commands & command))
-            continue;
         snprintf(left, sizeof left, "%s %s", p->name, p->value ? p->value : "");
         printf("  %-22s %s\n", left, p->help);
     }
@@ -209,9 +229,9 @@ static int parse_seed(const char *text, uint64_t *value) {
 
 static int parse_real(const char *text, double least, double most, double *value) {
     char *end;
-    if (!*text || !strchr("-.0123456789", *text))
-        return -1;
     *value = strtod(text, &end);
+    if (text[strspn(text, "0123456789.eE+-")] || *text == '+') /* spaces, nan, inf, 0x10 */
+        return -1;
     return end == text || *end || !isfinite(*value) || *value < least || *value > most ? -1 : 0;
 }
 
@@ -309,33 +329,39 @@ static int bad_value(const options *o, const option *p, const char *text) {
     return fail(o, "%s '%s': expected %s (%s)", p->name, text, what, p->help);
 }
 
-static int unknown_option(const options *o, unsigned command, const char *text) {
-    fprintf(stderr, "psa %s: unknown option '%s'; known:", o->command, text);
-    for (int i = 0; i < OPTION_COUNT; i++)
-        if (option_table[i].commands & command)
-            fprintf(stderr, " %s", option_table[i].name);
+static int unknown_option(const options *o, const char *text) {
+    const option *p;
+    fprintf(stderr, "%s: unknown option '%s'; known:", o->syntax->name, text);
+    for (int i = 0; (p = option_row(o->syntax, i)); i++)
+        fprintf(stderr, " %s", p->name);
     fprintf(stderr, " --help\n");
     return 2;
 }
 
-static const option *find_option(unsigned command, const char *text) {
-    for (int i = 0; i < OPTION_COUNT; i++)
-        if (option_table[i].commands & command && strcmp(option_table[i].name, text) == 0)
-            return &option_table[i];
+static const option *find_option(const syntax *s, const char *text) {
+    const option *p;
+    for (int i = 0; (p = option_row(s, i)); i++)
+        if (strcmp(p->name, text) == 0)
+            return p;
     return NULL;
 }
 
 /* One pass over the arguments, on top of what *o holds. */
-static int parse_arguments(options *o, unsigned command, int argc, char **argv) {
+static int parse_arguments(options *o, int argc, char **argv) {
+    o->n_words = 0;
     for (int i = 0; i < argc; i++) {
-        const option *p = find_option(command, argv[i]);
+        const option *p = find_option(o->syntax, argv[i]);
         const char *text = NULL;
+        if (o->words && strncmp(argv[i], "--", 2) != 0) {
+            o->words[o->n_words++] = argv[i];
+            continue;
+        }
         if (strcmp(argv[i], "--help") == 0) {
             o->help = 1;
             return 0;
         }
         if (!p)
-            return unknown_option(o, command, argv[i]);
+            return unknown_option(o, argv[i]);
         if (p->kind != FLAG) {
             if (++i == argc)
                 return fail(o, "%s needs a value: %s (%s)", p->name, p->value, p->help);
@@ -347,10 +373,8 @@ static int parse_arguments(options *o, unsigned command, int argc, char **argv) 
     return 0;
 }
 
-static void option_defaults(options *o, const char *command) {
+static void option_defaults(options *o) {
     static const int n[] = {4096, 16384}, d[] = {64, 128};
-    memset(o, 0, sizeof *o);
-    o->command = command;
     o->preset = o->type = -1;
     o->tile[0] = 2, o->tile[1] = o->tile[2] = 8;
     o->clusters = 64;
@@ -360,18 +384,18 @@ static void option_defaults(options *o, const char *command) {
     memcpy(o->d, d, sizeof d), o->n_d = 2;
 }
 
-/* The preset is applied first wherever it stands, so that every other option overrides it. */
-static int parse_options(options *o, const char *name, unsigned command, int argc, char **argv) {
-    option_defaults(o, name);
-    int rc = parse_arguments(o, command, argc, argv);
+/* *o is zero but for words. The preset is applied first wherever it stands, so that every other option overrides it. */
+static int parse_options(options *o, const syntax *s, int argc, char **argv) {
+    o->syntax = s;
+    option_defaults(o);
+    int rc = parse_arguments(o, argc, argv);
     if (rc != 0 || o->help)
         return rc;
     if (o->preset >= 0) {
         const char *preset = psa_preset_name(o->preset);
-        option_defaults(o, name);
         psa_desc_preset(preset, &o->desc);
         o->order = (int)psa_preset_find(preset)->order;
-        parse_arguments(o, command, argc, argv);
+        parse_arguments(o, argc, argv);
     }
     if (o->sample > 0)
         o->desc.sample_q = o->desc.sample_k = o->sample;

@@ -103,7 +103,7 @@ static void outputs_free(outputs *u) {
 static int read_array(const options *o, const char *flag, const char *path, int rank, npy *a, int64_t shape[4]) {
     char err[PATH_MAX + 256];
     if (!path)
-        return fail(o, "%s FILE is required (psa %s --help)", flag, o->command);
+        return fail(o, "%s FILE is required (%s --help)", flag, o->syntax->name);
     if (npy_read(path, a, err, sizeof err) != 0)
         return fail(o, "%s", err);
     if (a->ndim < 2 || a->ndim > rank)
@@ -601,7 +601,7 @@ static int write_one(const options *o, const char *descr, int ndim, const int64_
 
 static int check_out(const options *o) {
     if (!o->out)
-        return fail(o, "--out FILE is required (psa %s --help)", o->command);
+        return fail(o, "--out FILE is required (%s --help)", o->syntax->name);
     return check_writable(o, o->out);
 }
 
@@ -739,24 +739,24 @@ static int cmd_info(int argc, char **argv) {
 }
 
 typedef struct command {
-    const char *name, *line;
-    unsigned bit;
+    syntax syntax;
+    const char *line;
     int (*run)(const options *o);
 } command;
 
 static const command commands[] = {
-    {"attend", "--q q.npy --k k.npy --v v.npy --out out.npy [options]", CMD_ATTEND, cmd_attend},
-    {"score", "--q q.npy --k k.npy --out scores.npy [options]", CMD_SCORE, cmd_score},
-    {"mask", "--scores scores.npy --out levels.npy [options]", CMD_MASK, cmd_mask},
-    {"order", "--order gilbert|tile --grid T,H,W --out perm.npy", CMD_ORDER, cmd_order},
-    {"bench", "[options]", CMD_BENCH, cmd_bench},
+    {{"psa attend", CMD_ATTEND, NULL, 0}, "--q q.npy --k k.npy --v v.npy --out out.npy [options]", cmd_attend},
+    {{"psa score", CMD_SCORE, NULL, 0}, "--q q.npy --k k.npy --out scores.npy [options]", cmd_score},
+    {{"psa mask", CMD_MASK, NULL, 0}, "--scores scores.npy --out levels.npy [options]", cmd_mask},
+    {{"psa order", CMD_ORDER, NULL, 0}, "--order gilbert|tile --grid T,H,W --out perm.npy", cmd_order},
+    {{"psa bench", CMD_BENCH, NULL, 0}, "[options]", cmd_bench},
 };
 enum { COMMAND_COUNT = sizeof commands / sizeof *commands };
 
 static void usage(FILE *f) {
     fprintf(f, "psa %s: pyramid sparse attention on .npy files\n\n", PSA_VERSION);
     for (int i = 0; i < COMMAND_COUNT; i++)
-        fprintf(f, "  psa %-7s %s\n", commands[i].name, commands[i].line);
+        fprintf(f, "  %-11s %s\n", commands[i].syntax.name, commands[i].line);
     fprintf(f, "  psa info\n  psa COMMAND --help\n\n"
                "Tensors are C-order .npy files [B,H,N,D]; missing outer axes are 1 and stay missing in the output.\n"
                "A bad file, shape or option is one line on stderr and exit status 2; nothing is written then.\n"
@@ -765,20 +765,21 @@ static void usage(FILE *f) {
 
 static int run_command(const command *c, int argc, char **argv) {
     options o;
-    int rc = parse_options(&o, c->name, c->bit, argc, argv);
+    memset(&o, 0, sizeof o);
+    int rc = parse_options(&o, &c->syntax, argc, argv);
     if (rc != 0)
         return rc;
     if (!o.help)
         return c->run(&o);
-    printf("psa %s %s\n\n", c->name, c->line);
-    print_options(c->bit);
+    printf("%s %s\n\n", c->syntax.name, c->line);
+    print_options(&c->syntax);
     return 0;
 }
 
 static int dispatch(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < COMMAND_COUNT; i++)
-        if (strcmp(name, commands[i].name) == 0)
+        if (strcmp(name, commands[i].syntax.name + strlen("psa ")) == 0)
             return run_command(&commands[i], argc - 2, argv + 2);
     if (strcmp(name, "info") == 0)
         return cmd_info(argc - 2, argv + 2);
