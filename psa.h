@@ -182,7 +182,7 @@ extern "C" {
     X(PSA_ERR_LEVEL_MAP, "level map: an entry is neither 0 nor a power of two up to block_k that the plan can read")   \
     X(PSA_ERR_SIMILARITY, "sim_min: thresholds must be finite, at most one for each of 2, 4, ... block_k")             \
     X(PSA_ERR_PROTECT, "n_prefix and n_suffix must not be negative; min_full must be in [0,1]")                        \
-    X(PSA_ERR_ORDER, "token order: not a permutation, or used with causal attention")                                  \
+    X(PSA_ERR_ORDER, "token order: not a permutation, used with causal attention, or more clusters than tokens")         \
     X(PSA_ERR_GRID, "grid: every extent must be positive and t*h*w fit into 31 bits")                                  \
     X(PSA_ERR_ISA, "the instruction set is unknown or this CPU does not have it")                                      \
     X(PSA_ERR_THREADS, "threads: need 0 <= ith < nth <= the plan's n_threads")                                         \
@@ -436,10 +436,11 @@ PSA_API psa_result psa_order_tile(int t, int h, int w, int tile_t, int tile_h, i
 PSA_API void psa_order_embed(int32_t *index, int64_t n_prefix, int64_t n_video, int64_t n_suffix);
 
 /* Semantic order: k-means on the tokens of every head of x [B,H,N,D]; tokens sorted by cluster, then by index. The
- * first n_prefix and last n_suffix tokens stay in place. index: int32 [B][H][N] (a psa_order with stride_h N,
- * stride_b H*N). centroids: f32 [B][H][n_clusters][D]; with carried they are the start (an earlier step's result)
- * and n_iter 1 or 2 will do, otherwise the start is taken from x; in both cases they hold the result. Heads are
- * split over threads. work: psa_order_semantic_work_size bytes (0 if a size does not fit). */
+ * first n_prefix and last n_suffix tokens stay in place. index: int32 [B][H][N] (a psa_order with stride_h N, stride_b
+ * H*N). n_clusters: 1 to the number of the other tokens; n_iter: 1 or more. centroids: f32 [B][H][n_clusters][D]; with
+ * carried they are the start (an earlier step's result) and n_iter 1 or 2 will do, otherwise the start is taken from x;
+ * in both cases they hold the result. Heads are split over threads. work: psa_order_semantic_work_size bytes (0 if a
+ * size does not fit). */
 PSA_API size_t psa_order_semantic_work_size(const psa_tensor *x, int n_clusters, int nth);
 PSA_API psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, int64_t n_suffix, int n_clusters,
                                       int n_iter, float *centroids, int carried, int32_t *index, void *work, int ith,
