@@ -182,7 +182,7 @@ extern "C" {
     X(PSA_ERR_LEVEL_MAP, "level map: an entry is neither 0 nor a power of two up to block_k that the plan can read")   \
     X(PSA_ERR_SIMILARITY, "sim_min: thresholds must be finite, at most one for each of 2, 4, ... block_k")             \
     X(PSA_ERR_PROTECT, "n_prefix and n_suffix must not be negative; min_full must be in [0,1]")                        \
-    X(PSA_ERR_ORDER, "token order: not a permutation, used with causal attention, or more clusters than tokens")         \
+    X(PSA_ERR_ORDER, "token order: not a permutation, with causal attention, or more clusters than tokens")            \
     X(PSA_ERR_GRID, "grid: every extent must be positive and t*h*w fit into 31 bits")                                  \
     X(PSA_ERR_ISA, "the instruction set is unknown or this CPU does not have it")                                      \
     X(PSA_ERR_THREADS, "threads: need 0 <= ith < nth <= the plan's n_threads")                                         \
@@ -1972,8 +1972,8 @@ static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const c
 }
 
 /* The rows at positions begin .. begin+n-1 of a head of K or V as f32 pointers: rows[n], space[n][width]. */
-static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv, int64_t begin,
-                         int64_t n, float *space, const float **rows)
+static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv,
+                         int64_t begin, int64_t n, float *space, const float **rows)
 {
     const psa_order *o = &p->desc.order_k;
     const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
