@@ -2732,7 +2732,7 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
                                void *work, void *out, float *lse, int ith, int nth)
 {
     psa_result r = psa__check_stage(plan, work, ith, nth);
-    int64_t begin, end;
+    int64_t begin = 0, end = 0;
     unsigned mode;
     psa__stream st;
     if (r != PSA_OK) return r;

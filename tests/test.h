@@ -175,6 +175,11 @@ double check_attention(const char *file, int line, setup *s, const uint8_t *leve
 
 #define CHECK_ATTENTION(s, levels) check_attention(__FILE__, __LINE__, s, levels)
 
+/* Compares the score map of the setup with the oracle, for the plan's own sampled offsets. */
+void check_scores(const char *file, int line, const setup *s);
+
+#define CHECK_SCORES(s) check_scores(__FILE__, __LINE__, s)
+
 /* A map with random levels up to `coarsest`; about `skip` percent of 0. [B][Hq][nq][nk] of the plan. */
 void random_levels(const psa_plan *plan, int coarsest, int skip, uint8_t *levels);
 

@@ -384,7 +384,7 @@ static void attend_slice(const setup *s, int64_t from, int64_t to, const psa_ten
 }
 
 /* Dense attention over three slices of the keys, merged, is dense attention over all of them. */
-static void attend_merge(void) {
+static void merge_slices(void) {
     for (int r = 0; r < test_rounds(40); r++) {
         rnd_round(r);
         setup s;
@@ -522,7 +522,7 @@ static void one_call_case(setup *s, int n_threads) {
     guarded_free(&levels), guarded_free(&scores);
 }
 
-static void attend_one_call(void) {
+static void one_call_random(void) {
     for (int r = 0; r < test_rounds(60); r++) {
         rnd_round(r);
         setup s;
@@ -536,7 +536,7 @@ static void attend_one_call(void) {
 }
 
 /* Inputs may repeat: strides of 0 over heads, batches and tokens. */
-static void attend_broadcast(void) {
+static void one_call_broadcast(void) {
     for (int r = 0; r < test_rounds(40); r++) {
         rnd_round(r);
         setup s;
@@ -565,7 +565,7 @@ static void attend_broadcast(void) {
 }
 
 /* The caller's own map through psa_attention; also without extra. */
-static void attend_levels_given(void) {
+static void one_call_levels_given(void) {
     for (int r = 0; r < test_rounds(30); r++) {
         rnd_round(r);
         setup s;
@@ -597,7 +597,7 @@ static void attend_levels_given(void) {
 }
 
 /* A zeroed desc works, and does what its defaults say. */
-static void attend_zero_desc(void) {
+static void one_call_zero_desc(void) {
     setup s;
     psa_desc desc;
     shape x;
@@ -655,11 +655,11 @@ const test_case tests_attend[] = {
     {"attend/rising_logits", attend_rising_logits},
     {"attend/denormal", attend_denormal},
     {"attend/stats", attend_stats},
-    {"merge/slices", attend_merge},
+    {"merge/slices", merge_slices},
     {"merge/types", merge_types},
-    {"one_call/equals_stages", attend_one_call},
-    {"one_call/broadcast", attend_broadcast},
-    {"one_call/levels_given", attend_levels_given},
-    {"one_call/zero_desc", attend_zero_desc},
+    {"one_call/equals_stages", one_call_random},
+    {"one_call/broadcast", one_call_broadcast},
+    {"one_call/levels_given", one_call_levels_given},
+    {"one_call/zero_desc", one_call_zero_desc},
     {NULL, NULL},
 };

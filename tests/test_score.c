@@ -1,9 +1,6 @@
 /* test_score.c - the four ways to score a block pair, and the sampled offsets. */
 #include "test.h"
 
-/* A score is at most 1 and a quotient of sums of exponentials; each is good to a few 1e-6 of itself. */
-static const tolerance score_tolerance = {2e-6, 2e-5};
-
 static psa_desc desc_score(const shape *x, psa_score_kind kind) {
     psa_desc d = desc_random_blocks(x);
     d.score = kind;
@@ -16,26 +13,6 @@ static psa_desc desc_score(const shape *x, psa_score_kind kind) {
     return d;
 }
 
-static void expected_scores(const setup *s, double *want) {
-    switch (s->desc.score) {
-    case PSA_SCORE_SAMPLE:
-        oracle_score_sample(&s->o, s->plan.sample_q, s->plan.n_sample_q, s->plan.sample_k, s->plan.n_sample_k, want);
-        break;
-    case PSA_SCORE_ANTIDIAGONAL: oracle_score_antidiagonal(&s->o, want); break;
-    case PSA_SCORE_POOLED: oracle_score_pooled(&s->o, want); break;
-    case PSA_SCORE_EXACT: oracle_score_exact(&s->o, want); break;
-    }
-}
-
-static void check_scores(setup *s) {
-    size_t map = psa_map_size(&s->plan);
-    double *want = (double *)xmalloc(map * sizeof *want), *got = doubles_of(setup_scores(s), map);
-    expected_scores(s, want);
-    COMPARE("scores", got, want, (int64_t)map, score_tolerance);
-    CHECK_GUARDS(s);
-    free(want), free(got);
-}
-
 static void score_case(const psa_desc *desc, const shape *x) {
     setup s;
     if (!setup_init(&s, desc, x))
@@ -43,7 +20,7 @@ static void score_case(const psa_desc *desc, const shape *x) {
     if (desc->score == PSA_SCORE_POOLED)
         run_pool(&s, rnd_int(1, 3));
     run_score(&s, rnd_int(1, 3));
-    check_scores(&s);
+    CHECK_SCORES(&s);
     setup_free(&s);
 }
 
@@ -74,7 +51,7 @@ static void score_sample_all(void) {
         CHECK(s.plan.n_sample_q == desc.block_q && s.plan.n_sample_k == desc.block_k, "%d %d", s.plan.n_sample_q,
               s.plan.n_sample_k);
         run_score(&s, 1);
-        check_scores(&s);
+        CHECK_SCORES(&s);
         setup_free(&s);
     }
 }
@@ -207,7 +184,7 @@ static void score_nan(void) {
                        rnd_int(0, (int)t->t.ne[2] - 1), rnd_int(0, (int)t->t.ne[3] - 1), NAN);
         }
         run_score(&s, 1);
-        check_scores(&s);
+        CHECK_SCORES(&s);
         setup_free(&s);
     }
 }
@@ -252,7 +229,7 @@ static void score_uniform(void) {
         for (int64_t i = 0; i < x.B * x.Hq * x.Nq; i++)
             tensor_set(&s.q, 0, i % x.Nq, i / x.Nq % x.Hq, i / x.Nq / x.Hq, NAN);
         run_score(&s, 1);
-        check_scores(&s);
+        CHECK_SCORES(&s);
         setup_free(&s);
     }
 }

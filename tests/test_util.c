@@ -418,6 +418,29 @@ double check_attention(const char *file, int line, setup *s, const uint8_t *leve
     return error;
 }
 
+static void expected_scores(const setup *s, double *want) {
+    const psa_plan *p = &s->plan;
+    switch (s->desc.score) {
+    case PSA_SCORE_SAMPLE:
+        oracle_score_sample(&s->o, p->sample_q, p->n_sample_q, p->sample_k, p->n_sample_k, want);
+        break;
+    case PSA_SCORE_ANTIDIAGONAL: oracle_score_antidiagonal(&s->o, want); break;
+    case PSA_SCORE_POOLED: oracle_score_pooled(&s->o, want); break;
+    case PSA_SCORE_EXACT: oracle_score_exact(&s->o, want); break;
+    }
+}
+
+/* A score is at most 1 and a quotient of sums of exponentials; each is good to a few 1e-6 of itself. */
+void check_scores(const char *file, int line, const setup *s) {
+    static const tolerance t = {2e-6, 2e-5};
+    size_t map = psa_map_size(&s->plan);
+    double *want = (double *)xmalloc(map * sizeof *want), *got = doubles_of(setup_scores(s), map);
+    expected_scores(s, want);
+    compare(file, line, "scores", got, want, (int64_t)map, t);
+    check_guards(file, line, s);
+    free(want), free(got);
+}
+
 void random_levels(const psa_plan *plan, int coarsest, int skip, uint8_t *levels) {
     int n = 0;
     while (2 << n <= coarsest)
