@@ -2427,13 +2427,14 @@ static void psa__mask_cap(const uint8_t *cap, int64_t n, uint8_t *level)
     }
 }
 
-/* Level 1 for KV blocks holding tokens [from,to), as end as they are among the first n. */
+/* Level 1 for KV blocks holding tokens [from,to), as far as they are among the first n. */
 static void psa__mask_full(const psa_plan *p, int64_t from, int64_t to, int64_t n, uint8_t *level)
 {
-    int64_t begin = psa__max(from, 0) / p->desc.block_k, end;
-    if (to <= 0 || to <= from) return;
-    end = psa__min(psa__ceil_div(to, p->desc.block_k), n);
-    for (int64_t j = begin; j < end; j++) level[j] = 1;
+    from = psa__max(from, 0);
+    to = psa__min(to, p->Nk);
+    if (from >= to) return;
+    n = psa__min(n, psa__ceil_div(to, p->desc.block_k));
+    for (int64_t j = from / p->desc.block_k; j < n; j++) level[j] = 1;
 }
 
 static void psa__mask_protect(const psa_plan *p, int64_t iq, int64_t n, uint8_t *level)
@@ -2443,8 +2444,8 @@ static void psa__mask_protect(const psa_plan *p, int64_t iq, int64_t n, uint8_t 
     int64_t token = psa__query_token(p, row), end_token = token + (end_row - row);
     int protected_q = (d->n_prefix > 0 && token < d->n_prefix && end_token > 0) ||
                       (d->n_suffix > 0 && end_row > p->Nq - d->n_suffix);
-    psa__mask_full(p, 0, psa__min(d->n_prefix, p->Nk), n, level);
-    if (d->n_suffix > 0) psa__mask_full(p, p->Nk - psa__min(d->n_suffix, p->Nk), p->Nk, n, level);
+    psa__mask_full(p, 0, d->n_prefix, n, level);
+    psa__mask_full(p, p->Nk - psa__min(d->n_suffix, p->Nk), p->Nk, n, level);
     if (d->sink) psa__mask_full(p, 0, 1, n, level);
     if (d->diagonal) psa__mask_full(p, token, end_token, n, level);
     if (protected_q) memset(level, 1, (size_t)n);
@@ -2511,7 +2512,7 @@ typedef struct psa__stream {
     int64_t b, hkv, iq;
     int64_t n;               /* rows waiting in the tile */
     int pooled, straddles;   /* whether any of them has a bias, or is hidden from some lane */
-    int64_t rows;            /* rows read so end by this query block */
+    int64_t rows;            /* rows read so far by this query block */
 } psa__stream;
 
 /* ot += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0,

@@ -194,6 +194,10 @@ static void convert_own(void) {
 }
 
 const test_case tests_convert[] = {
-    {"convert/own", convert_own},       {"convert/patterns", convert_patterns}, {"convert/rounding", convert_rounding},
-    {"convert/logits", convert_logits}, {"convert/pooled", convert_pooled},     {NULL, NULL},
+    {"convert/own", convert_own},
+    {"convert/patterns", convert_patterns},
+    {"convert/rounding", convert_rounding},
+    {"convert/logits", convert_logits},
+    {"convert/pooled", convert_pooled},
+    {NULL, NULL},
 };

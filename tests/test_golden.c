@@ -27,9 +27,9 @@ static npy load(const char *descr, const char *format, const char *a, const char
     snprintf(name, sizeof name, format, a, b, c);
     snprintf(path, sizeof path, "%s/golden/%s.npy", test_opt.data, name);
     memset(&x, 0, sizeof x);
-    if (!CHECK(npy_read(path, &x, error, sizeof error) == 0 && !strcmp(x.descr, descr), "%s: %s, expected %s", path,
-               error, descr)) {
-        fprintf(stderr, "test_psa: %s cannot be used; --data DIR names the folder that holds golden/\n", path);
+    if (npy_read(path, &x, error, sizeof error) != 0 || strcmp(x.descr, descr) != 0) {
+        fprintf(stderr, "test_psa: %s: expected type %s; --data DIR names the folder that holds golden/\n",
+                error[0] ? error : path, descr);
         exit(2);
     }
     return x;

@@ -215,6 +215,20 @@ static void mask_causal(void) {
     }
 }
 
+/* The own blocks of a query block: also where queries go on behind the last key, and none of them is its own. */
+static void mask_diagonal(void) {
+    for (int r = 0; r < test_rounds(100); r++) {
+        rnd_round(r);
+        shape x = shape_mask();
+        psa_desc desc = desc_random_blocks(&x);
+        desc.diagonal = 1;
+        desc.causal = rnd_chance(30);
+        desc.block_q = rnd_int(16, 40);
+        x.Nk = rnd_int(1, (int)x.Nq + 50);
+        mask_case(&desc, &x);
+    }
+}
+
 /* A dense plan needs no scores; protection, caps and skip_mean change nothing in it. */
 static void mask_dense(void) {
     for (int r = 0; r < test_rounds(60); r++) {
@@ -308,7 +322,14 @@ static void mask_without_v(void) {
 }
 
 const test_case tests_mask[] = {
-    {"mask/by_hand", mask_by_hand}, {"mask/plain", mask_plain},         {"mask/everything", mask_everything},
-    {"mask/causal", mask_causal},   {"mask/dense", mask_dense},         {"mask/protect_all", mask_protect_all},
-    {"mask/nan", mask_nan},         {"mask/without_v", mask_without_v}, {NULL, NULL},
+    {"mask/by_hand", mask_by_hand},
+    {"mask/plain", mask_plain},
+    {"mask/everything", mask_everything},
+    {"mask/causal", mask_causal},
+    {"mask/diagonal", mask_diagonal},
+    {"mask/dense", mask_dense},
+    {"mask/protect_all", mask_protect_all},
+    {"mask/nan", mask_nan},
+    {"mask/without_v", mask_without_v},
+    {NULL, NULL},
 };

@@ -40,12 +40,28 @@ static int check_writable(const options *o, const char *path) {
     return 0;
 }
 
+/* The file name in path, and in *dir what is known of the directory before it. */
+static const char *file_name(const char *path, struct stat *dir) {
+    char name[PATH_MAX];
+    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
+    snprintf(name, sizeof name, "%.*s.", (int)(base - path), path);
+    if (stat(name, dir) != 0)
+        memset(dir, 0, sizeof *dir);
+    return base;
+}
+
+static int same_file(const char *a, const char *b) {
+    struct stat dir_a, dir_b;
+    return strcmp(file_name(a, &dir_a), file_name(b, &dir_b)) == 0 && dir_a.st_dev == dir_b.st_dev &&
+           dir_a.st_ino == dir_b.st_ino;
+}
+
 /* Before the work starts. path NULL: not wanted. */
 static int outputs_add(outputs *u, const options *o, const char *path) {
     if (!path)
         return 0;
     for (int i = 0; i < u->n; i++)
-        if (strcmp(u->path[i], path) == 0)
+        if (same_file(u->path[i], path))
             return fail(o, "%s: two outputs have this name", path);
     if (check_writable(o, path))
         return 2;
