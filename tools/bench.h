@@ -164,6 +164,8 @@ static sample summarise(const double *raw, int n) {
     return s;
 }
 
+static int bench_block_k(const options *o) { return o->desc.block_k ? o->desc.block_k : 64; }
+
 /* Level ends for the default top-k shape stretched by factor, in whole blocks of nk; the density they make. */
 static double stretch(double factor, int64_t nk, double *end) {
     static const double shape[] = {.1, .15, .15, .35};
@@ -201,7 +203,8 @@ static int bench_memory(bench_case *b, const options *o, crew *c) {
     for (int i = 0; i < 5; i++)
         t[i] = psa_tensor_4d(*all[i], b->in.type, b->in.d, b->in.n, o->heads, 1);
     psa_desc desc = o->desc;
-    level_end_for(o->density, (b->in.n + 63) / 64, desc.level_end);
+    desc.block_k = bench_block_k(o);
+    level_end_for(o->density, (b->in.n + desc.block_k - 1) / desc.block_k, desc.level_end);
     if (run_init(&b->psa, o, c, &desc, c->n_threads, &t[0], &t[1], &t[2], &t[3]))
         return 2;
     desc.mask = PSA_MASK_DENSE;
@@ -332,8 +335,8 @@ static const char bench_compiler[] = "unknown";
 
 static void print_machine(const options *o, const char *cpu, psa_isa isa, int threads) {
     printf("cpu       %s\ncompiler  %s, flags %s\n", cpu, bench_compiler, PSA_CFLAGS);
-    printf("run       %d threads, %s, %s, %d heads, one batch, blocks 128 x 64, top-k near density %.3g\n", threads,
-           psa_isa_name(isa), type_name(o->type), o->heads, o->density);
+    printf("run       %d threads, %s, %s, %d heads, one batch, blocks 128 x %d, top-k near density %.3g\n", threads,
+           psa_isa_name(isa), type_name(o->type), o->heads, bench_block_k(o), o->density);
     printf("GFLOP/s   4*N*N*D*heads for dense, 2 * multiply-adds done for attend; peak: f32 multiply-add chains\n\n");
     printf("%7s %5s  %-12s %10s %10s %10s %10s %7s\n", "N", "D", "", "median ms", "min", "max", "GFLOP/s", "% peak");
     fflush(stdout);
@@ -348,6 +351,7 @@ static cJSON *machine_json(const options *o, const char *cpu, psa_isa isa, int t
     cJSON_AddStringToObject(json, "isa", psa_isa_name(isa));
     cJSON_AddStringToObject(json, "type", type_name(o->type));
     cJSON_AddNumberToObject(json, "heads", o->heads);
+    cJSON_AddNumberToObject(json, "block_k", bench_block_k(o));
     cJSON_AddNumberToObject(json, "density_asked", o->density);
     return json;
 }

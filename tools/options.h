@@ -123,7 +123,7 @@ static const option option_table[] = {
      CMD_ATTEND | CMD_CLASSIFY, NAME, AT(preset), NAMES(psa_preset_name)},
     {"--block-q", "N", "query rows in a block, 16 to 256; default 128", BLOCKS, INTEGER, AT(desc.block_q),
      NUMBER(1, INT_MAX)},
-    {"--block-k", "N", "keys in a block, 16, 32, 64 or 128; default 64", BLOCKS, INTEGER, AT(desc.block_k),
+    {"--block-k", "N", "keys in a block, 16, 32, 64 or 128; default 64", BLOCKS | CMD_BENCH, INTEGER, AT(desc.block_k),
      NUMBER(1, INT_MAX)},
     {"--causal", NULL, "query i sees key j iff j <= i + (Nk - Nq)", TENSORS | CMD_MASK, FLAG, AT(desc.causal), PLAIN},
     {"--scale", "F", "logit = F * q.k; default 1/sqrt(D)", TENSORS, SCALE, AT(desc.scale), NUMBER(-1e30, 1e30)},

@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""bench_peers.py - psa beside PyTorch and ONNX Runtime, interleaved in time, in one table.
+
+    pip install torch==2.15.0 onnx==1.23.2 onnxruntime==1.31.1
+    make && python tools/bench_peers.py --n 4096 --d 64,128 --threads 1
+
+Every round runs every row, and the rounds repeat. Within a round a peer is called once untimed and CALLS times timed;
+psa bench warms up and repeats by itself. The median is of the rounds' medians, min and max are over all calls.
+FlexAttention needs a C++ compiler and keeps or skips whole blocks, here at random places; psa has pooled levels in
+between, so the same density means the same work, not the same keys seen. A peer that does not work is skipped with a
+line that says why. psa bench draws inputs of its own.
+"""
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import timeit
+
+try:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+except ImportError:
+    torch = None
+try:
+    import onnx, onnxruntime
+except ImportError:
+    onnxruntime = None
+
+CALLS = 3
+BLOCK = 128
+LARGEST_ERROR = {"f32": 1e-4, "bf16": 2e-2}  # relative, L2
+SPREAD = ("median", "min", "max")
+
+
+def summary(rounds):
+    """Of (median, min, max) per round: the median of medians, the least, the most."""
+    medians, least, most = zip(*rounds)
+    return statistics.median(medians), min(least), max(most)
+
+
+def fail(message):
+    print(f"bench_peers: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Row:
+    """One row of the table; call computes attention, flop is what it takes, rounds are (median, min, max) seconds."""
+
+    def __init__(self, name, call=None, density=0, flop=0):
+        self.name, self.call, self.density, self.flop, self.rounds = name, call, density, flop, []
+
+    def time_round(self):
+        times = timeit.repeat(self.call, number=1, repeat=1 + CALLS)[1:]
+        self.rounds.append((statistics.median(times), min(times), max(times)))
+
+    def print(self, psa_dense):
+        median, least, most = summary(self.rounds)
+        print(f"{'':15}{self.name:<20} {1e3 * median:10.3f} {1e3 * least:10.3f} {1e3 * most:10.3f} "
+              f"{1e-9 * self.flop / median:10.1f} {self.density:8.4f} {median / psa_dense:12.3f}")
+
+
+def check(out, q, k, v, args, keep=None):
+    """Compares the last head's last BLOCK queries with plain double precision; keep [n]: the keys they see."""
+    out, q, k, v = out[0, -1, -BLOCK:].double(), q[0, -1, -BLOCK:].double(), k[0, -1].double(), v[0, -1].double()
+    hidden = 0 if keep is None else torch.where(keep, 0, -torch.inf)
+    expected = (q @ k.T / q.shape[-1] ** 0.5 + hidden).softmax(-1) @ v
+    error = ((out - expected).norm() / expected.norm()).item()
+    if not error < LARGEST_ERROR[args.type]:
+        raise RuntimeError(f"wrong result, relative error {error:.3g}")
+
+
+# The peers: each takes q, k, v [1][heads][n][d] and returns what to call and its density.
+def torch_sdpa(q, k, v, args):
+    call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    check(call(), q, k, v, args)
+    return call, 1
+
+
+def torch_flex(q, k, v, args):
+    side = args.n // BLOCK
+    kept = max(1, round(args.density * side))
+    blocks = torch.rand(1, args.heads, side, side).argsort(-1).to(torch.int32)  # each row's first kept are seen
+    blocks[..., :kept] = blocks[..., :kept].sort(-1).values
+    count = torch.full(blocks.shape[:-1], kept, dtype=torch.int32)
+    # All of them full blocks, none partial. A clone: the generated C++ does not compile when both lists are one tensor.
+    mask = BlockMask.from_kv_blocks(torch.zeros_like(count), blocks.clone(), count, blocks, BLOCK_SIZE=BLOCK)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    call = lambda: compiled(q, k, v, block_mask=mask)
+    keep = torch.isin(torch.arange(side), blocks[0, -1, -1, :kept]).repeat_interleave(BLOCK)
+    check(call(), q, k, v, args, keep)
+    return call, kept / side
+
+
+def onnx_attention(q, k, v, args):
+    if onnxruntime is None:
+        raise RuntimeError("onnx or onnxruntime is not installed")
+    if args.type != "f32":
+        raise RuntimeError("MultiHeadAttention on the CPU takes f32 only")
+    make, shape, names = onnx.helper, (1, args.n, args.heads * q.shape[-1]), ("q", "k", "v", "out")
+    node = make.make_node("MultiHeadAttention", names[:3], names[3:], domain="com.microsoft", num_heads=args.heads)
+    info = [make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in names]
+    opsets = [make.make_opsetid("", 17), make.make_opsetid("com.microsoft", 1)]
+    graph = make.make_graph([node], "attention", info[:3], info[3:])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads slow the row that follows
+    model = make.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+    feed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x.transpose(1, 2).reshape(shape).numpy())
+            for name, x in zip(names, (q, k, v))}
+    call = lambda: session.run_with_ort_values(None, feed)[0]
+    check(torch.from_numpy(call().numpy()).view(1, args.n, args.heads, -1).transpose(1, 2), q, k, v, args)
+    return call, 1
+
+
+PEERS = {"torch SDPA": torch_sdpa, "torch FlexAttention": torch_flex, "onnxruntime MHA": onnx_attention}
+
+
+def make_peers(d, args):
+    kind = {"f32": torch.float32, "bf16": torch.bfloat16}[args.type]
+    q, k, v, rows = *(torch.randn(1, args.heads, args.n, d).to(kind) for _ in range(3)), []
+    for name, make in PEERS.items():
+        try:
+            call, density = make(q, k, v, args)
+            rows.append(Row(name, call, density, 4 * args.n**2 * d * args.heads * density))
+        except Exception as error:  # no compiler, operator or type: the other rows still count
+            print(f"{args.n:7} {d:5}  {name} skipped: {' '.join(str(error).split())[:200]}")
+    return rows
+
+
+def psa_bench(n, d, args):
+    command = (f"bench --json --n {n} --d {d} --heads {args.heads} --threads {args.threads} --type {args.type} "
+               f"--density {args.density}").split()
+    try:
+        done = subprocess.run([args.psa, *command], capture_output=True, text=True)
+    except OSError as error:
+        fail(f"--psa {args.psa}: {error.strerror}; expected the psa program (make)")
+    return json.loads(done.stdout) if done.returncode == 0 else fail(done.stderr.strip())
+
+
+def add_psa_round(rows, d, args):
+    case = psa_bench(args.n, d, args)["cases"][0]
+    for row, key in zip(rows, ("dense", "attend", "whole_call")):
+        source = "dense" if key == "dense" else "attend"  # the whole call does attend's work and chooses it
+        row.flop = 1e9 * case[source + "_gflops"] * case["seconds"][source]["median"]
+        row.density = 1 if key == "dense" else case["density"]
+        row.rounds.append(tuple(case["seconds"][key][which] for which in SPREAD))
+    return tuple(case["peak_gflops"][which] for which in SPREAD)
+
+
+def bench(d, args):
+    psa, peers, peaks = [Row("psa " + name) for name in ("dense", "attend", "whole call")], make_peers(d, args), []
+    for _ in range(args.repeats):
+        peaks.append(add_psa_round(psa, d, args))
+        for row in peers:
+            row.time_round()
+    peak, least, most = summary(peaks)
+    print(f"{args.n:7} {d:5}  {'psa peak':<53} {peak:10.1f}  ({least:.1f} to {most:.1f})")
+    for row in psa + peers:
+        row.print(summary(psa[0].rounds)[0])
+    print(flush=True)
+
+
+def print_header(args):
+    ours = psa_bench(BLOCK, args.d, args)
+    print(f"cpu       {ours['cpu']}\ndate      {datetime.date.today()}")
+    print(f"versions  torch {torch.__version__}, onnxruntime {onnxruntime.__version__ if onnxruntime else 'none'}")
+    print(f"psa       {ours['isa']}, {ours['compiler']}, flags {ours['flags']}")
+    print(f"run       {args.threads} threads, {args.type}, {args.heads} heads, one batch, {args.repeats} rounds")
+    print("GFLOP/s   4*N*N*D*heads for dense rows, on the work done for sparse ones; peak: f32 multiply-add chains\n")
+    print("      N     D                        median ms        min        max    GFLOP/s  density  / psa dense")
+
+
+OPTIONS = [("--n", int, 4096, f"tokens, a multiple of {BLOCK}"), ("--d", str, "64,128", "head sizes"),
+           ("--heads", int, 4, "heads"), ("--threads", int, 1, "threads"), ("--type", str, "f32", "f32 or bf16"),
+           ("--density", float, 0.15, "share of dense attention's multiply-adds"),
+           ("--repeats", int, 7, "rounds"), ("--psa", str, "build/psa", "the psa program")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="psa beside PyTorch and ONNX Runtime, interleaved, in one table")
+    for name, kind, default, text in OPTIONS:
+        parser.add_argument(name, type=kind, default=default, help=f"{text}; default {default}")
+    args = parser.parse_args()
+    if args.n < BLOCK or args.n % BLOCK or args.repeats < 1 or args.type not in LARGEST_ERROR:
+        fail(f"expected --n a multiple of {BLOCK}, --repeats 1 or more, --type f32 or bf16")
+    if torch is None:
+        fail("torch is missing: pip install torch==2.15.0 onnx==1.23.2 onnxruntime==1.31.1")
+    print_header(args)  # psa bench checks the other options
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    for d in map(int, args.d.split(",")):
+        with torch.inference_mode():
+            bench(d, args)
+
+
+if __name__ == "__main__":
+    main()
