@@ -1560,6 +1560,18 @@ static psa_result psa__check_output(const psa_desc *desc, const psa_tensor *t, c
     return PSA_OK;
 }
 
+/* Two views of the same extents, one to be read and one to be written. */
+static psa_result psa__check_pair(const psa_tensor *in, const psa_tensor *out)
+{
+    psa_result r;
+    if ((r = psa__check_tensor(NULL, in, "in")) != PSA_OK) return r;
+    if ((r = psa__check_tensor(NULL, out, "out")) != PSA_OK) return r;
+    for (int i = 0; i < 4; i++) {
+        if (in->ne[i] != out->ne[i]) return PSA_ERR_SHAPE;
+    }
+    return psa__check_output(NULL, out, "out");
+}
+
 static psa_result psa__check_extent(const psa_desc *desc, const char *name, int axis, int64_t is, int64_t expected)
 {
     if (is == expected) return PSA_OK;
@@ -1956,11 +1968,22 @@ static psa__scratch psa__scratch_of(const psa_plan *p, void *work, int ith)
 
 /* ---- rows, blocks and causality ---- */
 
+/* The token at position i of head h, batch b. */
+static int64_t psa__token_at(const psa_order *o, int64_t b, int64_t h, int64_t i)
+{
+    return o->index ? o->index[b * o->stride_b + h * o->stride_h + i] : i;
+}
+
+/* Where the row of token i lies, in bytes from the tensor's data. */
+static size_t psa__offset(const psa_tensor *t, int64_t b, int64_t h, int64_t i)
+{
+    return (size_t)b * t->nb[3] + (size_t)h * t->nb[2] + (size_t)i * t->nb[1];
+}
+
 /* The row at position i of head h, batch b, in the order given. */
 static const char *psa__row(const psa_tensor *t, const psa_order *o, const void *data, int64_t b, int64_t h, int64_t i)
 {
-    if (o->index) i = o->index[b * o->stride_b + h * o->stride_h + i];
-    return (const char *)data + (size_t)b * t->nb[3] + (size_t)h * t->nb[2] + (size_t)i * t->nb[1];
+    return (const char *)data + psa__offset(t, b, h, psa__token_at(o, b, h, i));
 }
 
 /* The row as f32: where it lies if it can be read there, else converted into space. */
@@ -1977,7 +2000,7 @@ static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *dat
 {
     const psa_order *o = &p->desc.order_k;
     const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
-    const char *head = (const char *)data + (size_t)b * t->nb[3] + (size_t)hkv * t->nb[2];
+    const char *head = (const char *)data + psa__offset(t, b, hkv, 0);
     int in_place = t->type == PSA_F32 && ((uintptr_t)head | t->nb[1]) % sizeof(float) == 0;
     for (int64_t i = 0; i < n; i++) {
         const char *row = head + (size_t)(index ? index[i] : begin + i) * t->nb[1];
@@ -2647,13 +2670,10 @@ static void psa__attend_finish(psa__stream *st, void *out, float *lse, int64_t h
         lane = next;
     }
     for (int64_t i = 0; i < n; i++) {
-        char *row = (char *)out + (psa__row(&p->out, &p->desc.order_q, out, st->b, h, first + i) - (const char *)out);
+        int64_t token = psa__token_at(&p->desc.order_q, st->b, h, first + i);
+        char *row = (char *)out + psa__offset(&p->out, st->b, h, token);
         p->leaves->from_f32(row, p->out.type, w->rows + i * p->Dv, p->Dv);
-        if (lse) {
-            const psa_order *o = &p->desc.order_q;
-            int64_t at = o->index ? o->index[st->b * o->stride_b + h * o->stride_h + first + i] : first + i;
-            lse[(st->b * p->Hq + h) * p->Nq + at] = w->m[i];
-        }
+        if (lse) lse[(st->b * p->Hq + h) * p->Nq + token] = w->m[i];
     }
 }
 
@@ -2796,23 +2816,17 @@ static void psa__merge_row(const psa_tensor *out, char *to, float *lse, const ps
 PSA__DEF psa_result psa_merge(const psa_tensor *out, float *lse, const psa_tensor *part, const float *part_lse, int ith,
                               int nth)
 {
-    static const psa_order in_place = {NULL, 0, 0};
     int64_t begin, end;
     psa_result r;
     if (!out || !lse || !part || !part_lse || !out->data || !part->data) return PSA_ERR_NULL;
     if (ith < 0 || ith >= nth) return PSA_ERR_THREADS;
-    if ((r = psa__check_tensor(NULL, out, "out")) != PSA_OK) return r;
-    if ((r = psa__check_output(NULL, out, "out")) != PSA_OK) return r;
-    if ((r = psa__check_tensor(NULL, part, "part")) != PSA_OK) return r;
+    if ((r = psa__check_pair(part, out)) != PSA_OK) return r;
     if ((r = psa__check_head_dim(NULL, "out", out->ne[0])) != PSA_OK) return r;
-    for (int i = 0; i < 4; i++) {
-        if (out->ne[i] != part->ne[i]) return PSA_ERR_SHAPE;
-    }
     psa__share(out->ne[1] * out->ne[2] * out->ne[3], ith, nth, &begin, &end);
     for (int64_t row = begin; row < end; row++) {
         int64_t i = row % out->ne[1], head = row / out->ne[1], h = head % out->ne[2], b = head / out->ne[2];
-        char *to = (char *)out->data + (size_t)b * out->nb[3] + (size_t)h * out->nb[2] + (size_t)i * out->nb[1];
-        psa__merge_row(out, to, lse + row, part, psa__row(part, &in_place, part->data, b, h, i), part_lse[row]);
+        char *to = (char *)out->data + psa__offset(out, b, h, i);
+        psa__merge_row(out, to, lse + row, part, (char *)part->data + psa__offset(part, b, h, i), part_lse[row]);
     }
     return PSA_OK;
 }
@@ -3000,8 +3014,8 @@ PSA__DEF size_t psa_order_semantic_work_size(const psa_tensor *x, int n_clusters
 
 static const float *psa__kmeans_row(psa__kmeans *w, int64_t i)
 {
-    static const psa_order in_place = {NULL, 0, 0};
-    psa__to_f32(w->row, psa__row(w->x, &in_place, w->x->data, w->b, w->h, w->first + i), w->x->type, w->x->ne[0]);
+    const char *row = (const char *)w->x->data + psa__offset(w->x, w->b, w->h, w->first + i);
+    psa__to_f32(w->row, row, w->x->type, w->x->ne[0]);
     return w->row;
 }
 
@@ -3098,28 +3112,19 @@ PSA__DEF psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, in
 static psa_result psa__reorder(const psa_tensor *in, const psa_order *order, const psa_tensor *out, int back, int ith,
                                int nth)
 {
-    static const psa_order in_place = {NULL, 0, 0};
-    const psa_order *from, *to;
     int64_t begin, end;
     psa_result r;
     if (!in || !order || !out || !in->data || !out->data) return PSA_ERR_NULL;
     if (ith < 0 || ith >= nth) return PSA_ERR_THREADS;
-    if ((r = psa__check_tensor(NULL, in, "in")) != PSA_OK) return r;
-    if ((r = psa__check_tensor(NULL, out, "out")) != PSA_OK) return r;
-    if ((r = psa__check_output(NULL, out, "out")) != PSA_OK) return r;
+    if ((r = psa__check_pair(in, out)) != PSA_OK) return r;
     if (in->type != out->type) return PSA_ERR_TYPE;
-    for (int i = 0; i < 4; i++) {
-        if (in->ne[i] != out->ne[i]) return PSA_ERR_SHAPE;
-    }
     if ((r = psa__check_order(NULL, order, in, "order")) != PSA_OK) return r;
-    from = back ? &in_place : order;
-    to = back ? order : &in_place;
     psa__share(in->ne[1] * in->ne[2] * in->ne[3], ith, nth, &begin, &end);
     for (int64_t row = begin; row < end; row++) {
         int64_t i = row % in->ne[1], head = row / in->ne[1], h = head % in->ne[2], b = head / in->ne[2];
-        char *base = (char *)out->data;
-        memcpy(base + (psa__row(out, to, base, b, h, i) - base), psa__row(in, from, in->data, b, h, i),
-               (size_t)in->ne[0] * in->nb[0]);
+        int64_t token = psa__token_at(order, b, h, i);
+        memcpy((char *)out->data + psa__offset(out, b, h, back ? token : i),
+               (const char *)in->data + psa__offset(in, b, h, back ? i : token), (size_t)in->ne[0] * in->nb[0]);
     }
     return PSA_OK;
 }
