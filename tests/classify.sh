@@ -1,31 +1,13 @@
 #!/bin/sh
 # Runs build/classify on the tiny checkpoints in tests/data/models: goldens, videos, and everything that can be wrong
 # with its input. Needs build/classify and build/npydiff; the checks of compressed video need ffmpeg as well.
-# BUILD=dir looks for the programs elsewhere.
 cd "$(dirname "$0")/.." || exit 1
-export LC_ALL=C
-build=$(cd "${BUILD:-build}" && pwd) || exit 1
+. tests/check.sh
 models=tests/data/models
 clip=examples/data/clip.mp4
 mae=$models/videomae-tiny-d64-f32
 jepa=$models/vjepa2-tiny-d32-f32
 sharded=$models/vjepa2-tiny-d64-f16-sharded
-tmp=$(mktemp -d) || exit 1
-trap 'rm -rf "$tmp"' EXIT
-passed=0 failed=0
-
-# check NAME COMMAND...: the command succeeds
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/out" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok    $name"
-    else
-        failed=$((failed + 1))
-        echo "FAIL  $name: $(tail -n 1 "$tmp/out")"
-    fi
-}
 
 classify() { "$build/classify" "$@"; }
 near() { "$build/npydiff" "$@"; }

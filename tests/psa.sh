@@ -1,31 +1,14 @@
 #!/bin/sh
 # Runs build/psa on tests/data/golden: goldens through files, stages against the whole, options, and everything that can
-# be wrong with its input. Needs build/psa and build/npydiff. BUILD=dir looks for the programs elsewhere.
+# be wrong with its input. Needs build/psa and build/npydiff.
 cd "$(dirname "$0")/.." || exit 1
-export LC_ALL=C
-build=$(cd "${BUILD:-build}" && pwd) || exit 1
+. tests/check.sh
 golden=tests/data/golden
-tmp=$(mktemp -d) || exit 1
-trap 'rm -rf "$tmp"' EXIT
 made=$tmp/made # stays empty when psa fails
 mkdir "$made" || exit 1
-passed=0 failed=0
 
 # Upstream's f32 rounding is up to 1.2e-6 for out and lse, less for scores; the library adds about as much.
 bound=2e-6
-
-# check NAME COMMAND...: the command succeeds
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/log" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok    $name"
-    else
-        failed=$((failed + 1))
-        echo "FAIL  $name: $(tail -n 1 "$tmp/log")"
-    fi
-}
 
 psa() { "$build/psa" "$@"; }
 near() { "$build/npydiff" "$1" "$2" "${3:-$bound}"; }
