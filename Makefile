@@ -2,6 +2,7 @@
 # make deps test    install what is missing, build, run every test; the last line is "N passed, N failed"
 # make              build everything into build/
 # make bench        measure this machine (options: make bench ARGS="--n 4096 --threads 1")
+# make fuzz       fuzz the reading of checkpoints
 # make check-symbols   what the header exports and needs
 
 CC     ?= cc
@@ -15,17 +16,20 @@ FLAGS   = $(STD) -I. -Itools $(WARN) $(CFLAGS) $(CPPFLAGS) -DPSA_CFLAGS='"$(CFLA
 HEADERS = $(wildcard *.h */*.h)
 object  = $(patsubst %.c,$B/%.o,$1)
 
-all: $B/psa $B/classify $B/test_psa $B/npydiff
+all: $B/psa $B/classify $B/clips $B/test_psa $B/npydiff
 
-$B/psa: $(call object,$(wildcard tools/*.c))
+$B/psa: $(call object,tools/psa.c)
+$B/clips: $(call object,tools/clips.c)
 $B/classify: $(call object,$(wildcard examples/classify*.c))
 $B/psa: LDLIBS += -lcjson
 $B/classify: LDLIBS += -lcjson -lopenblas
 $B/test_psa: $(call object,$(filter-out tests/npydiff.c,$(wildcard tests/*.c)))
 $B/npydiff: $(call object,tests/npydiff.c)
 $B/readme: $B/readme.o
+$B/tools/clips.o: CFLAGS += -ffp-contract=off # the same clips everywhere
+$B/examples/classify.o: CFLAGS += -O3 # its loops over rows are written for the vectoriser
 
-$B/psa $B/classify $B/test_psa $B/npydiff $B/readme:
+$B/psa $B/classify $B/clips $B/test_psa $B/npydiff $B/readme:
 	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS) -lm -pthread
 
 # deps goes first where it is asked for, with make -j too.
@@ -52,10 +56,9 @@ deps:
 	    $$as_root apt-get update -qq && \
 	    $$as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
-# The shipped checkpoint has random weights: the point is what attention costs, and that the label stays the dense one.
 demo: $B/classify
 	@echo "A checkpoint with random weights on a drawn clip: the label means nothing, the work and the agreement do."
-	$B/classify tests/data/models/vjepa2-tiny-d64-f16-sharded examples/data/clip.mp4 --num-frames 64 \
+	$B/classify tests/data/models/vjepa2-tiny-d64-f16-sharded tests/data/clip.mp4 --num-frames 64 \
 	    --preset paper-25 --compare
 
 # The test binary goes last: its last line is the result.
@@ -83,8 +86,15 @@ check-symbols:
 	$(CC) -xc -DPSA_IMPLEMENTATION -DPSA_NO_THREADS -c psa.h -o $B/symbols.o
 	! nm -u $B/symbols.o | grep pthread
 
+# Ten minutes of libFuzzer on everything that reads a checkpoint. Needs clang and libclang-rt-dev.
+fuzz:
+	@mkdir -p $B/corpus
+	clang $(STD) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -I. -Itools -Iexamples \
+	    tests/fuzz/checkpoint.c -lcjson -o $B/fuzz
+	$B/fuzz -max_total_time=600 -max_len=8192 -dict=tests/fuzz/words.dict $(ARGS) $B/corpus tests/fuzz/seeds
+
 clean:
 	rm -rf $B
 
-.PHONY: all deps demo test bench check-symbols clean
+.PHONY: all deps demo test bench check-symbols fuzz clean
 .DELETE_ON_ERROR:

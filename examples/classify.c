@@ -1,12 +1,13 @@
 /* classify.c - what happens in a video: VideoMAE and V-JEPA 2 classifiers with pyramid sparse attention.
  *
- *     cc -std=c99 -O2 -I. -Itools examples/classify.c -lopenblas -lcjson -lm -lpthread -o build/classify
+ *     cc -std=c99 -O3 -I. -Itools examples/classify.c -lopenblas -lcjson -lm -lpthread -o build/classify
  *     build/classify MODEL VIDEO... [options]        --help lists them
  *
  * MODEL is a Hugging Face folder (config.json, preprocessor settings, safetensors). Linear layers run in OpenBLAS,
  * attention in psa.h, video is read through ffmpeg. In the order in which data flows: video.h, preprocess.h (frames to
- * pixels), safetensors.h, model.h (pixels to logits), and here the options and the report. */
-#define _POSIX_C_SOURCE 200809L
+ * pixels), safetensors.h, model.h (pixels to logits), pictures.h and report.h (what it found and what that cost),
+ * evaluate.h (a list of labelled videos), and here the options and the order of things. */
+#define _DEFAULT_SOURCE
 #define _FILE_OFFSET_BITS 64
 #define PSA_IMPLEMENTATION
 #include "psa.h"
@@ -17,15 +18,19 @@
 
 #include "options.h"
 
-#define TOP 5
+#include "pictures.h"
+
+#include "job.h"
+
+#include "report.h"
+
+#include "evaluate.h"
+
+#include <dirent.h>
+#include <strings.h>
+#include <sys/stat.h>
 
 /* ---- options ---------------------------------------------------------------------------------------------------- */
-
-typedef struct arguments {
-    options psa; /* first: the rows of options.h point into it */
-    const char *model, *pixels, *frames, *logits, *save_pixels, **videos;
-    int n_videos, dense, num_frames;
-} arguments;
 
 static const char *grid_order_name(int i) {
     return i <= PSA_ORDER_GILBERT ? order_name(i) : NULL;
@@ -39,13 +44,29 @@ static const option own_options[] = {
      FILE_NAME, OWN(pixels), PLAIN},
     {"--frames", "FILE", "RGB frames, no video: .npy, uint8 [frames, height, width, 3]", CMD_CLASSIFY, FILE_NAME,
      OWN(frames), PLAIN},
-    {"--num-frames", "N", "V-JEPA 2: frames to take from a video; default: the config's frames_per_clip", CMD_CLASSIFY,
-     INTEGER, OWN(num_frames), NUMBER(1, 65536)},
-    {"--logits", "FILE", "write the logits: .npy, float32 [clips, labels]", CMD_CLASSIFY, FILE_NAME, OWN(logits),
+    {"--eval", "FILE", "accuracy on a list, no video: CSV lines of path,label (text or number)", CMD_CLASSIFY,
+     FILE_NAME, OWN(eval), PLAIN},
+    {"--root", "DIR", "eval: where its paths begin; default: the list's folder", CMD_CLASSIFY, FILE_NAME, OWN(root),
      PLAIN},
+    {"--limit", "N", "eval: only the first N lines", CMD_CLASSIFY, INTEGER, OWN(limit), NUMBER(1, INT_MAX)},
+    {"--num-frames", "N", "V-JEPA 2: frames of a clip; default: the config's frames_per_clip", CMD_CLASSIFY, INTEGER,
+     OWN(how.frames), NUMBER(1, 65536)},
+    {"--frame-stride", "N", "frames from one of a clip to the next; default: spread over the video", CMD_CLASSIFY,
+     INTEGER, OWN(how.stride), NUMBER(1, 65536)},
+    {"--clips", "N", "clips of a video, their probabilities averaged; default 1", CMD_CLASSIFY, INTEGER,
+     OWN(how.clips), NUMBER(1, 1000)},
+    {"--crops", "N", "squares of a frame along its longer side, averaged likewise; default 1", CMD_CLASSIFY, INTEGER,
+     OWN(how.crops), NUMBER(1, 100)},
+    {"--logits", "FILE", "write the logits, means over clips and crops: .npy, float32 [inputs, labels]", CMD_CLASSIFY,
+     FILE_NAME, OWN(logits), PLAIN},
     {"--save-pixels", "FILE", "write the model's input for one video: .npy", CMD_CLASSIFY, FILE_NAME, OWN(save_pixels),
      PLAIN},
+    {"--png", "DIR", "pictures of what attention read in one video", CMD_CLASSIFY, FILE_NAME, OWN(png), PLAIN},
+    {"--query", "L,H,T,Y,X", "png: layer, head and token whose query block is followed; default: the middle ones",
+     CMD_CLASSIFY, INTEGERS, OWN(query), LIST(OWN(n_query), 0, INT_MAX, 5, 5)},
     {"--dense", NULL, "dense attention", CMD_CLASSIFY, FLAG, OWN(dense), PLAIN},
+    {"--type", "NAME", "f32, f16 or bf16: how q, k and v are kept; default f32", CMD_CLASSIFY, NAME, OWN(psa.type),
+     NAMES(type_name)},
     {"--order", "NAME", "none or gilbert; default none", CMD_CLASSIFY, NAME, OWN(psa.order), NAMES(grid_order_name)},
 };
 
@@ -59,109 +80,44 @@ static void check_preset(options *o) {
     if (o->order != PSA_ORDER_NONE) o->order = PSA_ORDER_GILBERT;
 }
 
+static void check_arguments(const arguments *a) {
+    int sources = !!a->pixels + !!a->frames + !!a->eval + (a->n_videos > 0);
+    if (!a->model || sources != 1)
+        die("expected MODEL and either videos, --pixels, --frames or --eval (--help says more)");
+    if (a->dense && a->psa.compare) die("--dense and --compare exclude each other");
+    if (a->dense && a->png) die("--dense and --png exclude each other: dense attention reads everything");
+    int many = a->pixels || a->eval || a->n_videos > 1 || a->how.clips * a->how.crops > 1;
+    if ((a->save_pixels || a->png) && many)
+        die("%s takes exactly one video with one clip and one crop", a->png ? "--png" : "--save-pixels");
+    if (a->pixels && (a->how.frames || a->how.stride || a->how.clips > 1 || a->how.crops > 1))
+        die("--num-frames, --frame-stride, --clips and --crops have no use with --pixels");
+    if (!a->eval && (a->root || a->limit)) die("--root and --limit have no use without --eval");
+    if (!a->png && a->n_query) die("--query has no use without --png");
+}
+
 static int read_arguments(arguments *a, int argc, char **argv) {
     options *o = &a->psa;
     o->words = alloc((size_t)argc, sizeof *o->words);
+    a->how.clips = a->how.crops = 1;
     int rc = parse_options(o, &classify_syntax, argc - 1, argv + 1);
     if (rc != 0 || o->help) return rc;
     if (o->preset >= 0) check_preset(o);
+    if (o->type < 0) o->type = PSA_F32;
     a->model = o->words[0];
     a->videos = o->words + 1;
     a->n_videos = o->n_words - 1;
-    if (!a->model || !!a->pixels + !!a->frames + (a->n_videos > 0) != 1)
-        die("expected MODEL and either videos, --pixels or --frames (--help says more)");
-    if (a->dense && o->compare) die("--dense and --compare exclude each other");
-    if (a->save_pixels && (a->pixels || a->n_videos > 1)) die("--save-pixels takes exactly one video, or --frames");
-    if (a->num_frames && a->pixels) die("--num-frames has no use with --pixels");
-    if (!o->threads) {
-        long processors = sysconf(_SC_NPROCESSORS_ONLN);
-        o->threads = processors < 1 ? 1 : processors > MAX_THREADS ? MAX_THREADS : (int)processors;
-    }
+    check_arguments(a);
     return 0;
 }
 
 static void print_help(void) {
     printf("classify MODEL VIDEO... [options]\n"
-           "Labels of videos by a VideoMAE or V-JEPA 2 checkpoint (a Hugging Face folder) with PSA.\n\n");
+           "Labels of videos by a VideoMAE or V-JEPA 2 checkpoint (a Hugging Face folder) with PSA. A folder in place of\n"
+           "a video stands for the videos in it.\n\n");
     print_options(&classify_syntax);
 }
 
-/* ---- running ---------------------------------------------------------------------------------------------------- */
-
-typedef struct outcome {
-    float *logits;          /* [n_labels] */
-    double *p;              /* their softmax */
-    int top[TOP];           /* labels, most probable first */
-    double density, attention_seconds, seconds;
-} outcome;
-
-typedef struct result {
-    char *name;             /* of the clip */
-    int64_t video_frames;   /* 0: the input was prepared */
-    int frames, grid[3];
-    double read_seconds;
-    outcome main, dense;    /* dense: with --compare */
-} result;
-
-typedef struct job {
-    arguments in;
-    model m;
-    settings settings;
-    encoder encoder;
-    clip clip;              /* of the last video */
-    result *results;
-    int n_results;
-} job;
-
-static void softmax(const float *logits, int n, double *p) {
-    double most = (double)logits[0], sum = 0;
-    for (int i = 0; i < n; i++) most = fmax(most, (double)logits[i]);
-    for (int i = 0; i < n; i++) sum += p[i] = exp((double)logits[i] - most);
-    for (int i = 0; i < n; i++) p[i] /= sum;
-}
-
-/* The most probable labels; -1 where there are fewer. Of equals the first counts. */
-static void find_top(const double *p, int n, int top[TOP]) {
-    for (int t = 0; t < TOP; t++) {
-        top[t] = -1;
-        for (int i = 0; i < n; i++) {
-            int taken = 0;
-            for (int j = 0; j < t; j++) taken |= top[j] == i;
-            if (!taken && (top[t] < 0 || p[i] > p[top[t]])) top[t] = i;
-        }
-    }
-}
-
-static void run_model(job *j, const char *name, const psa_desc *desc, psa_order_kind order, const float *pixels,
-                      outcome *r) {
-    int n = j->m.n_labels;
-    r->logits = alloc((size_t)n, sizeof *r->logits);
-    r->p = alloc((size_t)n, sizeof *r->p);
-    double start = seconds();
-    encoder_run(&j->encoder, desc, order, pixels, r->logits);
-    r->seconds = seconds() - start;
-    r->attention_seconds = j->encoder.attention_seconds;
-    r->density = (double)j->encoder.mul_adds / (double)j->encoder.dense_mul_adds;
-    for (int i = 0; i < n; i++)
-        if (!isfinite(r->logits[i])) die("%s: the logits are not finite; the weights or the input are not", name);
-    softmax(r->logits, n, r->p);
-    find_top(r->p, n, r->top);
-}
-
-static void run_clip(job *j, const clip *c, result *r) {
-    psa_desc dense;
-    memset(&dense, 0, sizeof dense);
-    dense.mask = PSA_MASK_DENSE;
-    dense.isa = j->in.psa.desc.isa;
-    encoder_plan(&j->encoder, &j->m, c->frames, c->height, c->width, j->in.psa.threads);
-    r->frames = c->frames;
-    memcpy(r->grid, j->encoder.grid, sizeof r->grid);
-    if (j->in.dense)
-        run_model(j, r->name, &dense, PSA_ORDER_NONE, c->pixels, &r->main);
-    else
-        run_model(j, r->name, &j->in.psa.desc, (psa_order_kind)j->in.psa.order, c->pixels, &r->main);
-    if (j->in.psa.compare) run_model(j, r->name, &dense, PSA_ORDER_NONE, c->pixels, &r->dense);
-}
+/* ---- inputs ----------------------------------------------------------------------------------------------------- */
 
 static void run_pixels(job *j) {
     char err[512];
@@ -171,164 +127,74 @@ static void run_pixels(job *j) {
         die("%s: expected float32 [clips, frames, 3, height, width]", j->in.pixels);
     for (int i = 1; i < 5; i++)
         if (a.shape[i] > 65536) die("%s: an extent of %lld is too long", j->in.pixels, (long long)a.shape[i]);
-    j->results = alloc((size_t)a.shape[0], sizeof *j->results);
     for (int64_t i = 0; i < a.shape[0]; i++) {
         clip c = {(int)a.shape[1], (int)a.shape[3], (int)a.shape[4], NULL};
-        result *r = &j->results[j->n_results++];
         c.pixels = (float *)a.data + (size_t)i * (a.count / (size_t)a.shape[0]);
-        r->name = copy_text(j->in.pixels);
-        run_clip(j, &c, r);
+        run_clip(j, &c, result_add(j, j->in.pixels));
     }
     npy_free(&a);
 }
 
-static void run_video(job *j, const char *path, void (*open)(video *, const char *)) {
-    result *r = &j->results[j->n_results++];
-    int frames = j->in.num_frames ? j->in.num_frames : j->m.frames;
-    video v;
-    double start = seconds();
-    free(j->clip.pixels);
-    open(&v, path);
-    clip_read(&j->clip, &v, frames, &j->settings);
-    r->name = copy_text(path);
-    r->video_frames = v.n_frames;
-    video_close(&v);
-    r->read_seconds = seconds() - start;
-    run_clip(j, &j->clip, r);
+static void run_named(job *j, const char *path) {
+    char error[512];
+    result *r = result_add(j, path);
+    if (run_video(j, path, r, error, sizeof error) != 0) die("%s", error);
 }
 
-static void run_videos(job *j) {
-    int n = j->in.frames ? 1 : j->in.n_videos;
-    settings_read(&j->settings, j->in.model, j->m.is_vjepa2);
-    if (!j->m.is_vjepa2 && j->in.num_frames && j->in.num_frames != j->m.frames)
-        die("--num-frames %d: this model takes exactly %d", j->in.num_frames, j->m.frames);
-    j->results = alloc((size_t)n, sizeof *j->results);
-    for (int i = 0; i < n; i++)
-        run_video(j, j->in.frames ? j->in.frames : j->in.videos[i], j->in.frames ? video_open_npy : video_open);
+static int by_path(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-/* ---- report ----------------------------------------------------------------------------------------------------- */
-
-static void write_array(const char *path, int ndim, const int64_t *shape, const float *data) {
-    char err[512];
-    if (npy_write(path, "<f4", ndim, shape, data, err, sizeof err) != 0) die("%s", err);
+static int is_video(const char *path) {
+    static const char *const kinds[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi",  "mpg",
+                                        "mpeg", "ts", "wmv", "flv", "3gp",  "gif", "y4m"};
+    const char *dot = strrchr(path, '.');
+    struct stat s;
+    for (size_t i = 0; dot && i < sizeof kinds / sizeof kinds[0]; i++)
+        if (strcasecmp(dot + 1, kinds[i]) == 0) return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+    return 0;
 }
 
-static void write_files(const job *j) {
-    const clip *c = &j->clip;
-    int64_t pixels[5] = {1, c->frames, 3, c->height, c->width}, logits[2] = {j->n_results, j->m.n_labels};
-    if (j->in.save_pixels) write_array(j->in.save_pixels, 5, pixels, c->pixels);
-    if (!j->in.logits) return;
-    float *all = alloc((size_t)(logits[0] * logits[1]), sizeof *all);
-    for (int i = 0; i < j->n_results; i++)
-        memcpy(all + i * logits[1], j->results[i].main.logits, (size_t)logits[1] * sizeof *all);
-    write_array(j->in.logits, 2, logits, all);
-    free(all);
-}
-
-/* KL(dense || main): what the sparse answer loses, in nats. */
-static double divergence(const result *r, int n) {
-    double sum = 0;
-    for (int i = 0; i < n; i++)
-        if (r->dense.p[i] > 0) sum += r->dense.p[i] * log(r->dense.p[i] / fmax(r->main.p[i], 1e-300));
-    return fmax(sum, 0);
-}
-
-static void print_outcome(const job *j, const char *name, const outcome *r) {
-    printf("  %-6s %8.3f %12.2f ms %9.2f ms   %.4f %s\n", name, r->density, 1e3 * r->attention_seconds,
-           1e3 * r->seconds, r->p[r->top[0]], j->m.labels[r->top[0]]);
-}
-
-static void print_result(const job *j, const result *r) {
-    printf("%s: %d frames", r->name, r->frames);
-    if (r->video_frames)
-        printf(", number i is floor(i * %lld / %d), read in %.0f ms", (long long)r->video_frames, r->frames,
-               1e3 * r->read_seconds);
-    printf("; %d x %d x %d tokens\n", r->grid[0], r->grid[1], r->grid[2]);
-    for (int i = 0; i < TOP && r->main.top[i] >= 0; i++)
-        printf("  %.4f  %s\n", r->main.p[r->main.top[i]], j->m.labels[r->main.top[i]]);
-    printf("         density       attention         total   top-1\n");
-    print_outcome(j, j->in.dense ? "dense" : "psa", &r->main);
-    if (!j->in.psa.compare) return;
-    print_outcome(j, "dense", &r->dense);
-    printf("  top-1 %s; KL(dense || psa) %.3g nats; attention %.2f times as fast, all %.2f times\n",
-           r->main.top[0] == r->dense.top[0] ? "agrees" : "differs", divergence(r, j->m.n_labels),
-           r->dense.attention_seconds / r->main.attention_seconds, r->dense.seconds / r->main.seconds);
-}
-
-static int count_agreeing(const job *j) {
-    int n = 0;
-    for (int i = 0; i < j->n_results; i++) n += j->results[i].main.top[0] == j->results[i].dense.top[0];
-    return n;
-}
-
-static void print_text(const job *j) {
-    const model *m = &j->m;
-    psa_isa isa = j->in.psa.desc.isa ? j->in.psa.desc.isa : psa_isa_detect();
-    printf("%s: %s, %d layers, %d heads of %d, %d labels; %d threads, psa %s, OpenBLAS %s\n", j->in.model,
-           m->is_vjepa2 ? "V-JEPA 2" : "VideoMAE", m->n_blocks + m->n_pooler, m->heads, m->C / m->heads, m->n_labels,
-           j->in.psa.threads, psa_isa_name(isa), openblas_get_corename());
-    for (int i = 0; i < j->n_results; i++) print_result(j, &j->results[i]);
-    if (j->in.psa.compare && j->n_results > 1)
-        printf("top-1 agrees on %d of %d clips\n", count_agreeing(j), j->n_results);
-}
-
-static void json_outcome(cJSON *parent, const char *name, const job *j, const outcome *r) {
-    cJSON *object = cJSON_AddObjectToObject(parent, name), *labels = cJSON_CreateArray();
-    cJSON_AddNumberToObject(object, "density", r->density);
-    cJSON_AddNumberToObject(object, "attention_seconds", r->attention_seconds);
-    cJSON_AddNumberToObject(object, "seconds", r->seconds);
-    for (int i = 0; i < TOP && r->top[i] >= 0; i++) {
-        cJSON *label = cJSON_CreateObject();
-        cJSON_AddNumberToObject(label, "index", r->top[i]);
-        cJSON_AddStringToObject(label, "label", j->m.labels[r->top[i]]);
-        cJSON_AddNumberToObject(label, "probability", r->p[r->top[i]]);
-        cJSON_AddItemToArray(labels, label);
-    }
-    cJSON_AddItemToObject(object, "labels", labels);
-}
-
-static void print_json(const job *j) {
-    cJSON *root = cJSON_CreateObject(), *clips = cJSON_AddArrayToObject(root, "clips");
-    cJSON_AddStringToObject(root, "model", j->in.model);
-    cJSON_AddNumberToObject(root, "threads", j->in.psa.threads);
-    for (int i = 0; i < j->n_results; i++) {
-        const result *r = &j->results[i];
-        cJSON *object = cJSON_CreateObject();
-        cJSON_AddStringToObject(object, "clip", r->name);
-        cJSON_AddNumberToObject(object, "frames", r->frames);
-        cJSON_AddItemToObject(object, "grid", cJSON_CreateIntArray(r->grid, 3));
-        cJSON_AddNumberToObject(object, "read_seconds", r->read_seconds);
-        json_outcome(object, j->in.dense ? "dense" : "psa", j, &r->main);
-        if (j->in.psa.compare) {
-            json_outcome(object, "dense", j, &r->dense);
-            cJSON_AddBoolToObject(object, "top1_agrees", r->main.top[0] == r->dense.top[0]);
-            cJSON_AddNumberToObject(object, "kl", divergence(r, j->m.n_labels));
+/* The videos of a folder by name. */
+static void run_folder(job *j, const char *path) {
+    DIR *folder = opendir(path);
+    struct dirent *entry;
+    char **names = NULL;
+    size_t n = 0;
+    if (!folder) die("%s: %s", path, strerror(errno));
+    while ((entry = readdir(folder))) {
+        char *name = join_path(path, entry->d_name);
+        if (!is_video(name)) {
+            free(name);
+            continue;
         }
-        cJSON_AddItemToArray(clips, object);
+        names = grow(names, n, sizeof *names);
+        names[n++] = name;
     }
-    char *text = cJSON_Print(root);
-    if (!text) die("no memory for the report");
-    puts(text);
-    cJSON_free(text);
-    cJSON_Delete(root);
+    closedir(folder);
+    if (n == 0) die("%s: the folder holds no videos", path);
+    qsort(names, n, sizeof *names, by_path);
+    for (size_t i = 0; i < n; i++) {
+        run_named(j, names[i]);
+        free(names[i]);
+    }
+    free(names);
 }
 
-static void job_free(job *j) {
-    for (int i = 0; i < j->n_results; i++) {
-        result *r = &j->results[i];
-        free(r->name);
-        free(r->main.logits);
-        free(r->main.p);
-        free(r->dense.logits);
-        free(r->dense.p);
+static void run_inputs(job *j) {
+    struct stat s;
+    if (j->in.pixels) run_pixels(j);
+    if (j->in.frames) run_named(j, j->in.frames);
+    for (int i = 0; i < j->in.n_videos; i++) {
+        const char *path = j->in.videos[i];
+        if (stat(path, &s) == 0 && S_ISDIR(s.st_mode))
+            run_folder(j, path);
+        else
+            run_named(j, path);
     }
-    free(j->results);
-    free(j->clip.pixels);
-    free(j->in.psa.words);
-    encoder_free(&j->encoder);
-    model_free(&j->m);
 }
+
+/* ---- main ------------------------------------------------------------------------------------------------------- */
 
 /* A CPU newer than OpenBLAS gets kernels without AVX, several times slower. Kernels are chosen when the library is
  * loaded, from the environment if that says something: say it and start over. */
@@ -345,16 +211,17 @@ int main(int argc, char **argv) {
     if (rc == 0 && j.in.psa.help) print_help();
     if (rc != 0 || j.in.psa.help) return rc;
     choose_blas_kernels(argv);
-    model_load(&j.m, j.in.model);
-    if (j.in.pixels)
-        run_pixels(&j);
-    else
-        run_videos(&j);
-    write_files(&j);
-    if (j.in.psa.json)
-        print_json(&j);
-    else
-        print_text(&j);
+    job_open(&j);
+    if (j.in.eval) {
+        rc = evaluate(&j);
+    } else {
+        run_inputs(&j);
+        write_files(&j);
+        if (j.in.psa.json)
+            print_json(&j);
+        else
+            print_text(&j);
+    }
     job_free(&j);
-    return fflush(stdout) == 0 ? 0 : 2;
+    return fflush(stdout) == 0 ? rc : 2;
 }

@@ -10,16 +10,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 /* One line on stderr, exit status 2. */
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...) {
+    char line[4096];
     va_list args;
     va_start(args, format);
-    fputs("classify: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
+    for (char *c = line; *c; c++) /* names in files may hold any byte */
+        if ((unsigned char)*c < 32 || *c == 127) *c = ' ';
+    fprintf(stderr, "classify: %s\n", line);
     exit(2);
 }
 
@@ -64,12 +65,6 @@ static int64_t file_size(FILE *f, const char *path) {
 static void read_at(FILE *f, const char *path, int64_t offset, void *dst, size_t size) {
     if (fseeko(f, (off_t)offset, SEEK_SET) != 0 || fread(dst, 1, size, f) != size)
         die("%s: cannot read %zu bytes at byte %lld", path, size, (long long)offset);
-}
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* ---- JSON ------------------------------------------------------------------------------------------------------- */

@@ -14,15 +14,34 @@ typedef struct settings {
     double mean[3], std[3];
 } settings;
 
+/* Frames of a video, resized. */
+typedef struct film {
+    int n, height, width;
+    int64_t *number;                      /* [n]: in the video, ascending */
+    uint8_t *rgb;                         /* [n, height, width, 3] */
+} film;
+
 typedef struct clip {
     int frames, height, width;
     float *pixels;                        /* [frames, 3, height, width] */
 } clip;
 
+/* Which clips are taken from a video, and which squares from a frame. */
+typedef struct sampling {
+    int frames;                           /* of a clip */
+    int stride;                           /* frames from one to the next; 0: they are spread over the video */
+    int clips, crops;
+} sampling;
+
 static void settings_read(settings *s, const char *dir, int is_vjepa2);
 
-/* Frame i of n is frame floor(i * F / n) of the video's F. */
-static void clip_read(clip *c, video *v, int n, const settings *s);
+/* All frames that these clips take. 0, or -1 with a line in v->error. */
+static int film_read(film *f, video *v, const sampling *how, const settings *s);
+static void film_free(film *f);
+
+/* One clip at one place of the frame; c->pixels are the caller's to free. */
+static void clip_cut(clip *c, const film *f, int64_t n_frames, const sampling *how, int clip_number, int crop_number,
+                     const settings *s);
 
 /* ---- settings --------------------------------------------------------------------------------------------------- */
 
@@ -35,6 +54,7 @@ static const cJSON *settings_find(const char *dir, cJSON **json, char **path) {
         if (file_exists(*path)) {
             *json = read_object(*path);
             const cJSON *found = i == 0 ? json_get(*json, "video_processor") : *json;
+            if (found && !cJSON_IsObject(found)) die("%s: \"video_processor\": expected an object", *path);
             if (found) return found;
             cJSON_Delete(*json);
         }
@@ -196,16 +216,17 @@ static void target_size(const settings *s, int h, int w, int *to_h, int *to_w) {
     *to_w = (int)(h <= w ? edge * w / h : edge);
 }
 
-static void resizer_make(resizer *r, const settings *s, int h, int w) {
-    r->from_h = h;
-    r->from_w = w;
+static int resizer_make(resizer *r, const settings *s, video *v) {
+    int h = r->from_h = v->height, w = r->from_w = v->width;
     target_size(s, h, w, &r->to_h, &r->to_w);
     if (r->to_h > FRAME_MAX_SIDE || r->to_w > FRAME_MAX_SIDE)
-        die("a frame of %d x %d becomes %d x %d; expected at most %d a side", w, h, r->to_w, r->to_h, FRAME_MAX_SIDE);
+        return video_fail(v, "a frame of %d x %d becomes %d x %d; expected at most %d a side", w, h, r->to_w, r->to_h,
+                          FRAME_MAX_SIDE);
     taps_make(&r->x, w, r->to_w, s->resample);
     taps_make(&r->y, h, r->to_h, s->resample);
     r->wide = alloc((size_t)h * (size_t)r->to_w, 3);
     r->rgb = alloc((size_t)r->to_h * (size_t)r->to_w, 3);
+    return 0;
 }
 
 static void resizer_free(resizer *r) {
@@ -228,11 +249,81 @@ static const uint8_t *resizer_run(resizer *r, const uint8_t *rgb) {
     return r->rgb;
 }
 
+/* ---- frames ----------------------------------------------------------------------------------------------------- */
+
+/* Frame i of clip j in a video of n frames. Without a stride the clips interleave: the frames of all of them are spread
+ * evenly. With one the starts are, and a clip that is longer than the video repeats its last frame. */
+static int64_t frame_number(const sampling *how, int64_t n, int i, int j) {
+    if (!how->stride) return ((int64_t)i * how->clips + j) * n / ((int64_t)how->frames * how->clips);
+    int64_t spare = n - ((int64_t)(how->frames - 1) * how->stride + 1), start = 0, number;
+    if (spare > 0) start = how->clips > 1 ? j * spare / (how->clips - 1) : spare / 2;
+    number = start + (int64_t)i * how->stride;
+    return number < n ? number : n - 1;
+}
+
+static int by_number(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The frames of all clips, ascending, each once. */
+static void film_plan(film *f, const sampling *how, int64_t n_frames) {
+    int n = how->frames * how->clips;
+    f->number = alloc((size_t)n, sizeof *f->number);
+    for (int i = 0; i < n; i++) f->number[i] = frame_number(how, n_frames, i / how->clips, i % how->clips);
+    qsort(f->number, (size_t)n, sizeof *f->number, by_number);
+    for (int i = 0; i < n; i++)
+        if (i == 0 || f->number[i] != f->number[f->n - 1]) f->number[f->n++] = f->number[i];
+}
+
+static size_t film_frame(const film *f) {
+    return 3 * (size_t)f->height * (size_t)f->width;
+}
+
+static int film_fill(film *f, video *v, resizer *r, const settings *s) {
+    for (int i = 0; i < f->n; i++) {
+        while (v->next <= f->number[i])
+            if (video_read(v) != 0) return -1;
+        if (i == 0) {
+            if (resizer_make(r, s, v) != 0) return -1;
+            f->height = r->to_h;
+            f->width = r->to_w;
+            f->rgb = alloc((size_t)f->n, film_frame(f));
+        }
+        if (v->height != r->from_h || v->width != r->from_w)
+            return video_fail(v, "the frame size changes from %d x %d to %d x %d", r->from_w, r->from_h, v->width,
+                              v->height);
+        memcpy(f->rgb + (size_t)i * film_frame(f), resizer_run(r, v->rgb), film_frame(f));
+    }
+    return 0;
+}
+
+static int film_read(film *f, video *v, const sampling *how, const settings *s) {
+    resizer r;
+    memset(&r, 0, sizeof r);
+    memset(f, 0, sizeof *f);
+    if (!how->stride && v->n_frames < how->frames)
+        return video_fail(v, "expected at least %d frames, found %lld", how->frames, (long long)v->n_frames);
+    if (v->n_frames < 1) return video_fail(v, "there are no frames");
+    film_plan(f, how, v->n_frames);
+    int result = film_fill(f, v, &r, s);
+    resizer_free(&r);
+    return result;
+}
+
+static void film_free(film *f) {
+    free(f->number);
+    free(f->rgb);
+    memset(f, 0, sizeof *f);
+}
+
 /* ---- crop and normalise ----------------------------------------------------------------------------------------- */
 
-/* First row or column of a centred window of `size` in n; negative: that many zeros come first. */
-static int crop_start(int n, int size) {
-    return n >= size ? (n - size) / 2 : -((size - n) / 2);
+/* First row or column of window number i of `windows` of `size` in n, spread evenly, one: in the middle. Negative: that
+ * many zeros come first. */
+static int crop_start(int n, int size, int i, int windows) {
+    if (n < size) return -((size - n) / 2);
+    return windows > 1 ? (int)((int64_t)i * (n - size) / (windows - 1)) : (n - size) / 2;
 }
 
 /* What a sample of a channel becomes: table[0..255] in float32, in the reference's order of operations. */
@@ -243,9 +334,9 @@ static void sample_table(const settings *s, int channel, float table[256]) {
         table[v] = s->normalize ? ((float)v - mean) / std : s->rescale ? (float)v * (float)s->factor : (float)v;
 }
 
-/* rgb [h, w, 3] to one frame of the clip [3, height, width]. */
-static void crop_frame(const clip *c, const settings *s, const uint8_t *rgb, int h, int w, float *out) {
-    int top = crop_start(h, c->height), left = crop_start(w, c->width);
+/* rgb [h, w, 3] to one frame of the clip [3, height, width]; top, left: its first pixel. */
+static void crop_frame(const clip *c, const settings *s, const uint8_t *rgb, int h, int w, int top, int left,
+                       float *out) {
     float table[256];
     for (int channel = 0; channel < 3; channel++) {
         sample_table(s, channel, table);
@@ -257,24 +348,21 @@ static void crop_frame(const clip *c, const settings *s, const uint8_t *rgb, int
     }
 }
 
-static void clip_read(clip *c, video *v, int n, const settings *s) {
-    resizer r;
-    if (v->n_frames < n) die("%s: expected at least %d frames, found %lld", v->path, n, (long long)v->n_frames);
-    for (int i = 0; i < n; i++) {
-        while (v->next <= i * v->n_frames / n) video_read(v);
-        if (i == 0) {
-            resizer_make(&r, s, v->height, v->width);
-            c->frames = n;
-            c->height = s->crop ? s->crop_h : r.to_h;
-            c->width = s->crop ? s->crop_w : r.to_w;
-            c->pixels = alloc(3 * (size_t)n * (size_t)c->height * (size_t)c->width, sizeof *c->pixels);
-        }
-        if (v->height != r.from_h || v->width != r.from_w)
-            die("%s: the frame size changes from %d x %d to %d x %d", v->path, r.from_w, r.from_h, v->width, v->height);
-        size_t at = 3 * (size_t)i * (size_t)c->height * (size_t)c->width;
-        crop_frame(c, s, resizer_run(&r, v->rgb), r.to_h, r.to_w, c->pixels + at);
+static void clip_cut(clip *c, const film *f, int64_t n_frames, const sampling *how, int clip_number, int crop_number,
+                     const settings *s) {
+    c->frames = how->frames;
+    c->height = s->crop ? s->crop_h : f->height;
+    c->width = s->crop ? s->crop_w : f->width;
+    c->pixels = alloc(3 * (size_t)c->frames * (size_t)c->height * (size_t)c->width, sizeof *c->pixels);
+    int top = crop_start(f->height, c->height, crop_number, f->height > f->width ? how->crops : 1);
+    int left = crop_start(f->width, c->width, crop_number, f->height > f->width ? 1 : how->crops);
+    for (int i = 0, at = 0; i < c->frames; i++) {
+        int64_t number = frame_number(how, n_frames, i, clip_number);
+        while (at > 0 && f->number[at] > number) at--;
+        while (f->number[at] < number) at++;
+        crop_frame(c, s, f->rgb + (size_t)at * film_frame(f), f->height, f->width, top, left,
+                   c->pixels + 3 * (size_t)i * (size_t)c->height * (size_t)c->width);
     }
-    resizer_free(&r);
 }
 
 #endif

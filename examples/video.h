@@ -1,6 +1,6 @@
-/* video.h - RGB frames of a clip, one after the other: any video through ffmpeg, .y4m without it, frames in a .npy.
- * A clip is read twice: to count its frames, and for the frames themselves. One frame is in memory.
- * Compressed video needs ffmpeg 5.1 or newer in PATH. */
+/* video.h - RGB frames of a video, one after the other: any video through ffmpeg, .y4m without it, frames in a .npy.
+ * A video is read twice: to count its frames, and for the frames themselves. One frame is in memory.
+ * Compressed video needs ffmpeg 5.1 or newer in PATH. Functions that return int return 0, or -1 with a line in error. */
 #ifndef VIDEO_H
 #define VIDEO_H
 
@@ -26,36 +26,47 @@ typedef struct video {
     int sub_x, sub_y, mono, full;     /* y4m: log2 of the chroma subsampling, no chroma, full range */
     uint8_t *planes;                  /* y4m: one frame as stored */
     npy frames;                       /* npy: [n_frames, height, width, 3] */
+    char error[512];
 } video;
 
-static void video_open(video *v, const char *path);      /* y4m, or whatever ffmpeg understands */
-static void video_open_npy(video *v, const char *path);  /* u8 [frames, height, width, 3] */
-static void video_read(video *v);                        /* the next frame into v->rgb, width, height */
-static void video_close(video *v);
+static int video_open(video *v, const char *path);      /* y4m, or whatever ffmpeg understands */
+static int video_open_npy(video *v, const char *path);  /* u8 [frames, height, width, 3] */
+static int video_read(video *v);                        /* the next frame into v->rgb, width, height */
+static void video_close(video *v);                      /* also after a failed open */
 
 typedef struct video_format {
-    void (*read)(video *v);
+    int (*read)(video *v);
     void (*close)(video *v);
 } video_format;
 
-/* Makes room for a frame of this size. Returns bytes per plane. */
-static size_t frame_size(video *v, int width, int height) {
+__attribute__((format(printf, 2, 3))) static int video_fail(video *v, const char *format, ...) {
+    va_list args;
+    int n = snprintf(v->error, sizeof v->error, "%.400s: ", v->path);
+    va_start(args, format);
+    vsnprintf(v->error + n, sizeof v->error - (size_t)n, format, args);
+    va_end(args);
+    return -1;
+}
+
+/* Makes room for a frame of this size. */
+static int frame_size(video *v, int width, int height) {
     if (width < 1 || height < 1 || width > FRAME_MAX_SIDE || height > FRAME_MAX_SIDE)
-        die("%s: expected frames of 1 to %d pixels a side, found %d x %d", v->path, FRAME_MAX_SIDE, width, height);
+        return video_fail(v, "expected frames of 1 to %d pixels a side, found %d x %d", FRAME_MAX_SIDE, width, height);
     if (width != v->width || height != v->height) {
         free(v->rgb);
         v->rgb = alloc((size_t)width * (size_t)height, 3);
         v->width = width;
         v->height = height;
     }
-    return (size_t)width * (size_t)height;
+    return 0;
 }
 
 /* ---- .npy ------------------------------------------------------------------------------------------------------- */
 
-static void npy_next(video *v) {
+static int npy_next(video *v) {
     size_t size = 3 * (size_t)v->width * (size_t)v->height;
     memcpy(v->rgb, (const uint8_t *)v->frames.data + (size_t)v->next * size, size);
+    return 0;
 }
 
 static void npy_close(video *v) {
@@ -64,33 +75,32 @@ static void npy_close(video *v) {
 
 static const video_format npy_format = {npy_next, npy_close};
 
-static void video_open_npy(video *v, const char *path) {
-    char err[512];
+static int video_open_npy(video *v, const char *path) {
     memset(v, 0, sizeof *v);
     v->path = path;
+    if (npy_read(path, &v->frames, v->error, sizeof v->error) != 0) return -1;
     v->format = &npy_format;
-    if (npy_read(path, &v->frames, err, sizeof err) != 0) die("%s", err);
     const int64_t *shape = v->frames.shape;
     if (strcmp(v->frames.descr, "|u1") != 0 || v->frames.ndim != 4 || shape[3] != 3)
-        die("%s: expected uint8 frames [frames, height, width, 3]", path);
+        return video_fail(v, "expected uint8 frames [frames, height, width, 3]");
     if (shape[1] > FRAME_MAX_SIDE || shape[2] > FRAME_MAX_SIDE)
-        die("%s: a frame is larger than %d pixels a side", path, FRAME_MAX_SIDE);
+        return video_fail(v, "a frame is larger than %d pixels a side", FRAME_MAX_SIDE);
     v->n_frames = shape[0];
-    frame_size(v, (int)shape[2], (int)shape[1]);
+    return frame_size(v, (int)shape[2], (int)shape[1]);
 }
 
 /* ---- y4m -------------------------------------------------------------------------------------------------------- */
 
-/* Reads a line of at most size - 1 bytes and cuts the newline off. 0 at the end of the file. */
-static int read_line(FILE *f, char *line, size_t size, const char *path) {
-    if (!fgets(line, (int)size, f)) return 0;
+/* Reads a line of at most size - 1 bytes and cuts the newline off. 1: read, 0: the file has ended, -1: an error. */
+static int read_line(video *v, char *line, size_t size) {
+    if (!fgets(line, (int)size, v->file)) return 0;
     size_t n = strlen(line);
-    if (!n || line[n - 1] != '\n') die("%s: expected a header line of text, found \"%.20s\"", path, line);
+    if (!n || line[n - 1] != '\n') return video_fail(v, "expected a header line of text, found \"%.20s\"", line);
     line[n - 1] = 0;
     return 1;
 }
 
-static void y4m_colour(video *v, const char *name) {
+static int y4m_colour(video *v, const char *name) {
     static const struct {
         const char *name;
         int sub_x, sub_y, mono;
@@ -101,24 +111,24 @@ static void y4m_colour(video *v, const char *name) {
             v->sub_x = spaces[i].sub_x;
             v->sub_y = spaces[i].sub_y;
             v->mono = spaces[i].mono;
-            return;
+            return 0;
         }
-    die("%s: expected 8-bit y4m colour 420, 422, 444 or mono, found %s", v->path, name);
+    return video_fail(v, "expected 8-bit y4m colour 420, 422, 444 or mono, found %s", name);
 }
 
 /* Parses the stream header and leaves the file at the first frame. */
-static void y4m_header(video *v) {
+static int y4m_header(video *v) {
     char line[1024], *field;
-    int width = 0, height = 0;
-    if (!read_line(v->file, line, sizeof line, v->path)) die("%s: the file is empty", v->path);
-    y4m_colour(v, "420");
+    int width = 0, height = 0, bad = y4m_colour(v, "420");
+    int got = read_line(v, line, sizeof line);
+    if (got <= 0) return got < 0 ? -1 : video_fail(v, "the file is empty");
     for (field = strtok(line, " "); field; field = strtok(NULL, " ")) {
         if (*field == 'W') width = atoi(field + 1);
         if (*field == 'H') height = atoi(field + 1);
-        if (*field == 'C') y4m_colour(v, field + 1);
+        if (*field == 'C') bad |= y4m_colour(v, field + 1);
         if (strcmp(field, "XCOLORRANGE=FULL") == 0) v->full = 1;
     }
-    frame_size(v, width, height);
+    return bad ? -1 : frame_size(v, width, height);
 }
 
 static int ceil_shift(int n, int shift) {
@@ -130,13 +140,14 @@ static size_t y4m_frame_bytes(const video *v) {
     return (size_t)v->width * (size_t)v->height + (v->mono ? 0 : 2 * chroma);
 }
 
-/* Reads the planes of the next frame. 0 at the end of the file. */
+/* Reads the planes of the next frame. 1: read, 0: the file has ended, -1: an error. */
 static int y4m_planes(video *v) {
     char line[1024];
-    if (!read_line(v->file, line, sizeof line, v->path)) return 0;
-    if (strncmp(line, "FRAME", 5) != 0) die("%s: expected FRAME, found \"%.20s\"", v->path, line);
+    int got = read_line(v, line, sizeof line);
+    if (got <= 0) return got;
+    if (strncmp(line, "FRAME", 5) != 0) return video_fail(v, "expected FRAME, found \"%.20s\"", line);
     size_t size = y4m_frame_bytes(v);
-    if (fread(v->planes, 1, size, v->file) != size) die("%s: the last frame is cut short", v->path);
+    if (fread(v->planes, 1, size, v->file) != size) return video_fail(v, "the last frame is cut short");
     return 1;
 }
 
@@ -145,8 +156,9 @@ static uint8_t to_byte(double v) {
 }
 
 /* BT.601, chroma replicated. */
-static void y4m_next(video *v) {
-    if (!y4m_planes(v)) die("%s: the file ends before frame %lld", v->path, (long long)v->next);
+static int y4m_next(video *v) {
+    int got = y4m_planes(v);
+    if (got <= 0) return got < 0 ? -1 : video_fail(v, "the file ends before frame %lld", (long long)v->next);
     size_t stride = (size_t)ceil_shift(v->width, v->sub_x), luma = (size_t)v->width * (size_t)v->height;
     size_t chroma = stride * (size_t)ceil_shift(v->height, v->sub_y);
     double black = v->full ? 0 : 16, gain_y = v->full ? 1 : 255.0 / 219, gain_c = v->full ? 1 : 255.0 / 224;
@@ -161,6 +173,7 @@ static void y4m_next(video *v) {
             rgb[1] = to_byte(grey - 0.344136 * cb - 0.714136 * cr);
             rgb[2] = to_byte(grey + 1.772 * cb);
         }
+    return 0;
 }
 
 static void y4m_close(video *v) {
@@ -170,30 +183,34 @@ static void y4m_close(video *v) {
 
 static const video_format y4m_format = {y4m_next, y4m_close};
 
-static void y4m_open(video *v) {
+static int y4m_open(video *v) {
+    int got;
     v->format = &y4m_format;
-    y4m_header(v);
+    if (y4m_header(v) != 0) return -1;
     v->planes = alloc(y4m_frame_bytes(v), 1);
     off_t first = ftello(v->file);
-    while (y4m_planes(v)) v->n_frames++;
-    if (fseeko(v->file, first, SEEK_SET) != 0) die("%s: %s", v->path, strerror(errno));
+    while ((got = y4m_planes(v)) > 0) v->n_frames++;
+    if (got == 0 && v->n_frames == 0) return video_fail(v, "there are no frames");
+    return got == 0 && fseeko(v->file, first, SEEK_SET) != 0 ? video_fail(v, "%s", strerror(errno)) : got;
 }
 
 /* ---- ffmpeg ----------------------------------------------------------------------------------------------------- */
 
 #define FFMPEG_MAX_ARGS 24
 
-/* Starts ffmpeg on the clip with these output options; v->file is its output. Every decoded frame comes out once. */
-static void ffmpeg_start(video *v, const char *const *output) {
+/* Starts ffmpeg on the video with these output options; v->file is its output. Every decoded frame comes out once. */
+static int ffmpeg_start(video *v, const char *const *output) {
     char *url = alloc(strlen(v->path) + 6, 1);
     const char *args[FFMPEG_MAX_ARGS] = {"ffmpeg", "-nostdin", "-v",    "error",     "-i",
                                          url,      "-map",     "0:v:0", "-fps_mode", "passthrough"};
-    int n = 10, ends[2];
+    int n = 10, ends[2] = {-1, -1};
     sprintf(url, "file:%s", v->path); /* a plain file, whatever its name looks like */
     while (*output) args[n++] = *output++;
     v->messages = tmpfile();
-    if (!v->messages || pipe(ends) != 0 || (v->ffmpeg = fork()) < 0)
-        die("%s: cannot start ffmpeg: %s", v->path, strerror(errno));
+    if (!v->messages || pipe(ends) != 0 || (v->ffmpeg = fork()) < 0) {
+        free(url);
+        return video_fail(v, "cannot start ffmpeg: %s", strerror(errno));
+    }
     if (v->ffmpeg == 0) {
         dup2(ends[1], STDOUT_FILENO);
         dup2(fileno(v->messages), STDERR_FILENO);
@@ -205,89 +222,92 @@ static void ffmpeg_start(video *v, const char *const *output) {
     free(url);
     close(ends[1]);
     v->file = fdopen(ends[0], "rb");
-    if (!v->file) die("%s: cannot read from ffmpeg: %s", v->path, strerror(errno));
+    return v->file ? 0 : video_fail(v, "cannot read from ffmpeg: %s", strerror(errno));
 }
 
-/* Lets ffmpeg end (a closed pipe stops it) and returns its exit status, -1 if a signal ended it. */
+/* Lets ffmpeg end (a closed pipe stops it) and returns its exit status, -1 if a signal ended it or it never ran. */
 static int ffmpeg_stop(video *v) {
-    int status = 0;
-    fclose(v->file);
-    if (waitpid(v->ffmpeg, &status, 0) < 0) die("%s: cannot wait for ffmpeg: %s", v->path, strerror(errno));
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    int status = -1;
+    if (v->file) fclose(v->file);
+    v->file = NULL;
+    if (v->ffmpeg > 0 && waitpid(v->ffmpeg, &status, 0) < 0) status = -1;
+    v->ffmpeg = 0;
+    return status >= 0 && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-/* Ends the program with what ffmpeg said. */
-__attribute__((noreturn)) static void ffmpeg_fail(video *v) {
-    char line[512] = "";
+/* What ffmpeg said becomes the error. */
+static int ffmpeg_fail(video *v) {
+    char line[300] = "";
     int status = ffmpeg_stop(v);
-    if (status == 127) die("%s: reading it needs ffmpeg in PATH (.y4m files and --frames do not)", v->path);
+    if (status == 127) return video_fail(v, "reading it needs ffmpeg in PATH (.y4m files and --frames do not)");
     rewind(v->messages);
     if (!fgets(line, sizeof line, v->messages)) snprintf(line, sizeof line, "exit status %d", status);
     line[strcspn(line, "\n")] = 0;
     char *text = *line == '[' ? strstr(line, "] ") : NULL; /* "[mov @ 0x55fb9e2c1bc0] text" */
-    die("%s: ffmpeg stopped after %lld frames: %s", v->path, (long long)v->next, text ? text + 2 : line);
+    return video_fail(v, "ffmpeg stopped after %lld frames: %s", (long long)v->next, text ? text + 2 : line);
 }
 
-/* A number of a PPM header and the one white-space byte after it. */
+/* A number of a PPM header and the one white-space byte after it; -1: that is not what came. */
 static int ppm_number(video *v) {
     int n = 0, c;
     while (isdigit(c = fgetc(v->file)) && n <= FRAME_MAX_SIDE) n = 10 * n + (c - '0');
-    if (!isspace(c)) ffmpeg_fail(v);
-    return n;
+    return isspace(c) ? n : -1;
 }
 
-static void ffmpeg_next(video *v) {
-    if (fgetc(v->file) != 'P' || fgetc(v->file) != '6' || !isspace(fgetc(v->file))) ffmpeg_fail(v);
-    int width = ppm_number(v), height = ppm_number(v);
-    if (ppm_number(v) != 255) ffmpeg_fail(v);
-    size_t size = 3 * frame_size(v, width, height);
-    if (fread(v->rgb, 1, size, v->file) != size) ffmpeg_fail(v);
+static int ffmpeg_next(video *v) {
+    if (fgetc(v->file) != 'P' || fgetc(v->file) != '6' || !isspace(fgetc(v->file))) return ffmpeg_fail(v);
+    int width = ppm_number(v), height = ppm_number(v), most = ppm_number(v);
+    if (most != 255) return ffmpeg_fail(v);
+    if (frame_size(v, width, height) != 0) return -1;
+    size_t size = 3 * (size_t)width * (size_t)height;
+    return fread(v->rgb, 1, size, v->file) == size ? 0 : ffmpeg_fail(v);
 }
 
 static void ffmpeg_close(video *v) {
     ffmpeg_stop(v);
-    fclose(v->messages);
+    if (v->messages) fclose(v->messages);
 }
 
 static const video_format ffmpeg_format = {ffmpeg_next, ffmpeg_close};
 
 /* Counts the frames (as one grey pixel each), then starts over for the pictures. */
-static void ffmpeg_open(video *v) {
+static int ffmpeg_open(video *v) {
     static const char *const count[] = {"-vf", "scale=1:1", "-f", "rawvideo", "-pix_fmt", "gray", "pipe:1", NULL};
     static const char *const pictures[] = {"-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1", NULL};
     v->format = &ffmpeg_format;
-    ffmpeg_start(v, count);
+    if (ffmpeg_start(v, count) != 0) return -1;
     while (fgetc(v->file) != EOF) v->n_frames++;
-    if (v->n_frames == 0) ffmpeg_fail(v);
+    if (v->n_frames == 0) return ffmpeg_fail(v);
     ffmpeg_close(v);
-    ffmpeg_start(v, pictures);
+    v->messages = NULL;
+    return ffmpeg_start(v, pictures);
 }
 
 /* ---- all formats ------------------------------------------------------------------------------------------------ */
 
-static void video_open(video *v, const char *path) {
+static int video_open(video *v, const char *path) {
     static const char y4m[] = "YUV4MPEG2 ";
     char magic[sizeof y4m] = "";
     memset(v, 0, sizeof *v);
     v->path = path;
-    v->file = open_file(path);
+    v->file = fopen(path, "rb");
+    if (!v->file) return video_fail(v, "%s", strerror(errno));
     size_t n = fread(magic, 1, sizeof y4m - 1, v->file);
     rewind(v->file);
-    if (n == sizeof y4m - 1 && memcmp(magic, y4m, n) == 0) {
-        y4m_open(v);
-        return;
-    }
+    if (n == sizeof y4m - 1 && memcmp(magic, y4m, n) == 0) return y4m_open(v);
     fclose(v->file);
-    ffmpeg_open(v);
+    v->file = NULL;
+    return ffmpeg_open(v);
 }
 
-static void video_read(video *v) {
-    v->format->read(v);
+static int video_read(video *v) {
+    if (v->format->read(v) != 0) return -1;
     v->next++;
+    return 0;
 }
 
 static void video_close(video *v) {
-    v->format->close(v);
+    if (v->format) v->format->close(v);
     free(v->rgb);
 }
 

@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/.." || exit 1
 . tests/check.sh
 models=tests/data/models
-clip=examples/data/clip.mp4
+clip=tests/data/clip.mp4
 mae=$models/videomae-tiny-d64-f32
 jepa=$models/vjepa2-tiny-d32-f32
 sharded=$models/vjepa2-tiny-d64-f16-sharded
@@ -134,11 +134,11 @@ grey_frames 10 20 30 40 50 60 70 100 110 120 130 >"$tmp/eleven.npy"
 grey_frames 10 20 30 50 60 70 110 120 >"$tmp/eight.npy"
 check "8 of 11 frames: 0 1 2 4 5 6 8 9" classify "$jepa" --frames "$tmp/eight.npy" --save-pixels "$tmp/eight_pixels.npy"
 check "8 of 11 frames: the same pixels" pixels "$tmp/eight_pixels.npy" 0 "$jepa" --frames "$tmp/eleven.npy"
-check "two videos" prints "top-1 agrees on . of 2 clips" "$jepa" "$tmp/420.y4m" "$tmp/444.y4m" --compare
+check "two videos" prints "top-1 agrees on . of 2 inputs" "$jepa" "$tmp/420.y4m" "$tmp/444.y4m" --compare
 
 if command -v ffmpeg >/dev/null; then
     echo "# video through ffmpeg"
-    check "mp4" prints "clip.mp4: 64 frames.*32 x 8 x 8 tokens" "$sharded" "$clip" --num-frames 64
+    check "mp4" prints "clip.mp4: 64 frames of 96, 32 x 8 x 8 = 2048 tokens" "$sharded" "$clip" --num-frames 64
     check "mp4: top-1 as dense" prints "top-1 agrees" "$sharded" "$clip" --num-frames 64 --compare --preset paper-25
     check "mp4: pixels" classify "$jepa" "$clip" --save-pixels "$tmp/mp4.npy"
     check "mp4 to y4m" ffmpeg -nostdin -v error -i "$clip" -pix_fmt yuv420p "$tmp/clip.y4m"
@@ -196,9 +196,63 @@ check "y4m of no width" rejected "found 0 x 53" "$jepa" "$tmp/flat.y4m"
 
 echo "# checkpoints"
 in="--pixels $jepa/pixel_values.npy"
+
+# length N: as a little-endian u64
+length() {
+    for i in 0 1 2 3 4 5 6 7; do printf "\\$(printf %o $(($1 >> 8 * i & 255)))"; done
+}
+header_size() { od -An -v -tu8 -N8 "$1" | tr -d ' '; }
+header() { tail -c +9 "$1" | head -c "$(header_size "$1")"; }
+
+# reheader MODEL FILE EDIT [BYTES]: $tmp/model is a copy in which a sed script has changed the header of a safetensors
+# file; it may become longer or shorter. BYTES are put after the data.
+reheader() {
+    variant "$1" config.json ''
+    header "$1/$2" | sed "$3" >"$tmp/header"
+    {
+        length "$(wc -c <"$tmp/header")"
+        cat "$tmp/header"
+        tail -c +$((9 + $(header_size "$1/$2"))) "$1/$2"
+        printf '%s' "${4-}"
+    } >"$tmp/model/$2"
+}
+
+# Where to cut a file, the last place first: a JSON file of one item a line after every line but the last; a safetensors
+# file inside and after its length and its header and where a tensor begins or ends.
+line_ends() { awk '{ at += length($0) + 1; print at }' "$1" | sed '$d' | sort -rn; }
+tensor_ends() {
+    data=$((8 + $(header_size "$1")))
+    {
+        printf '%s\n' 0 4 8 9 $((data / 2)) $((data - 1)) $data
+        header "$1" | grep -o 'data_offsets":\[[0-9,]*' | grep -o '[0-9]*' | awk -v data=$data '{ print data + $1 }'
+    } | sort -rnu | sed 1d
+}
+
+# cut_at PLACES MODEL FILE ARGUMENTS...: rejected wherever the file is cut off
+cut_at() {
+    places=$1 file=$3
+    variant "$2" config.json ''
+    shift 3
+    [ "$(echo "$places" | wc -l)" -ge 20 ] || return 1
+    for at in $places; do
+        dd if=/dev/null of="$tmp/model/$file" bs=1 seek="$at" 2>/dev/null
+        [ "$(wc -c <"$tmp/model/$file")" -eq "$at" ] && rejected "$file: " "$tmp/model" "$@" || {
+            echo "cut off at byte $at: $(cat "$tmp/stderr")"
+            return 1
+        }
+    done
+}
+
+# pokes OFFSET COMMAND...: what the command prints goes over the bytes of $tmp/model/model.safetensors from there on
+pokes() {
+    offset=$1
+    shift
+    "$@" | dd of="$tmp/model/model.safetensors" bs=1 seek="$offset" conv=notrunc 2>/dev/null
+}
 check "no folder" rejected "config.json: No such file" "$tmp/nothing" $in
 cut "$jepa" config.json 200
 check "config.json cut short" rejected "config.json: not valid JSON" "$tmp/model" $in
+check "config.json cut off after any line" cut_at "$(line_ends "$jepa/config.json")" "$jepa" config.json $in
 variant "$jepa" config.json 's/"vjepa2"/"llama"/'
 check "another model" rejected "expected videomae or vjepa2" "$tmp/model" $in
 variant "$jepa" config.json 's/"gelu"/"gelu_new"/'
@@ -220,11 +274,30 @@ check "no preprocessor settings" rejected "found no video_preprocessor_config.js
 variant "$jepa" video_preprocessor_config.json 's/"resample": 2/"resample": 5/'
 check "unknown resampling" rejected "resample" "$tmp/model" --frames "$jepa/frames_u8.npy"
 
-size=$(wc -c <"$jepa/model.safetensors")
-for n in 0 7 8 100 20000 $((size / 2)) $((size - 1)); do
-    cut "$jepa" model.safetensors "$n"
-    check "safetensors cut to $n of $size bytes" rejected "model.safetensors: " "$tmp/model" $in
+check "preprocessor settings cut off after any line" cut_at "$(line_ends "$jepa/video_preprocessor_config.json")" \
+    "$jepa" video_preprocessor_config.json --frames "$jepa/frames_u8.npy"
+variant "$jepa" config.json ''
+echo '{"video_processor": 3}' >"$tmp/model/processor_config.json"
+check "a number for the video processor" rejected "\"video_processor\": expected" "$tmp/model" \
+    --frames "$jepa/frames_u8.npy"
+
+check "safetensors cut off at any tensor" cut_at "$(tensor_ends "$jepa/model.safetensors")" "$jepa" \
+    model.safetensors $in
+for n in 0 1 2 3 4 5 6 7; do
+    variant "$jepa" config.json ''
+    flipped=$(printf '%o' $(($(od -An -tu1 -j$n -N1 "$jepa/model.safetensors") ^ 128)))
+    pokes $n printf "\\$flipped"
+    check "safetensors: byte $n of the length is wrong" rejected "model.safetensors: " "$tmp/model" $in
 done
+for n in $(($(wc -c <"$jepa/model.safetensors") - 7)) 100000001 9223372036854775807 -1; do
+    variant "$jepa" config.json ''
+    pokes 0 length $n
+    check "safetensors: a header of $n bytes" rejected "expected a header of at most 100000000 bytes" "$tmp/model" $in
+done
+variant "$jepa" config.json ''
+rm "$tmp/model/model.safetensors"
+mkdir "$tmp/model/model.safetensors"
+check "safetensors: a folder" rejected "model.safetensors: " "$tmp/model" $in
 variant "$jepa" model.safetensors 's/"classifier.bias"/"classifier.bxxs"/'
 check "a tensor is missing" rejected "classifier.bias is missing; expected one of shape .6." "$tmp/model" $in
 variant "$jepa" model.safetensors 's/"shape":\[6,64\]/"shape":[64,6]/'
@@ -235,6 +308,57 @@ variant "$jepa" model.safetensors 's/"F32"/"I32"/g'
 check "a type that is no weight's" rejected "expected type F32, F16 or BF16, found I32" "$tmp/model" $in
 variant "$jepa" model.safetensors 's/"classifier.bias":{/"classifier.bias":[/'
 check "a broken header" rejected "not valid JSON" "$tmp/model" $in
+
+# The file begins with classifier.bias [0,24], classifier.weight [24,1560].
+variant "$jepa" model.safetensors 's/\[24,1560\]/[20,1556]/'
+check "tensors overlap" rejected "tensors classifier.bias and classifier.weight overlap" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/\[24,1560\]/[1560,24]/'
+check "a tensor ends before it begins" rejected "classifier.weight: its data ends before it begins" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/\[24,1560\]/[24,9007199254740992]/'
+check "a tensor past the end" rejected "classifier.weight ends at byte 9007199254.*, but the file has" "$tmp/model" $in
+for offsets in '-4,20' '0.5,24.5' '0' '0,24,24' '"0","24"' '1e999,24' 'null,24'; do
+    reheader "$jepa" model.safetensors "s/\[0,24\]/[$offsets]/"
+    check "offsets $offsets" rejected "classifier.bias: expected \"data_offsets\": .begin, end" "$tmp/model" $in
+done
+for shape in '6.5' '-6' '9007199254740994' '6,9007199254740992' '"6"'; do
+    reheader "$jepa" model.safetensors "s/\"shape\":\[6\]/\"shape\":[$shape]/"
+    check "shape $shape" rejected "classifier.bias: an extent of its shape" "$tmp/model" $in
+done
+reheader "$jepa" model.safetensors 's/"shape":\[6\]/"shape":[1,1,1,1,1,1,1,1,6]/'
+check "a shape of nine extents" rejected "a list of at most 8 extents" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"classifier.bias":{[^}]*},//'
+check "a gap before the first tensor" rejected "bytes [0-9]* to [0-9]* belong to no tensor" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"classifier.weight":{[^}]*},//'
+check "a gap between tensors" rejected "bytes [0-9]* to [0-9]* belong to no tensor" "$tmp/model" $in
+reheader "$jepa" model.safetensors '' x
+check "a byte after the last tensor" rejected "bytes 1032704 to 1032704 belong to no tensor" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"classifier.weight"/"classifier.bias"/'
+check "two tensors of one name" rejected "there are two tensors classifier.bias" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"pt"/"\xe4"/'
+check "a header that is not UTF-8" rejected "not UTF-8 (at byte 27)" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"pt"/"p\x00"/'
+check "a header with a NUL" rejected "not valid JSON (at byte 28)" "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"classifier.bias"/"classifier.bias\\u0000"/'
+check "a name with a NUL" rejected "a NUL in a string (at byte " "$tmp/model" $in
+reheader "$jepa" model.safetensors 's/"classifier.bias":{/"classifier\\nbias\\u001b[2J":{"dtype":3,/'
+check "a name of several lines" rejected "tensor classifier bias .2J: expected \"dtype\"" "$tmp/model" $in
+reheader "$jepa" model.safetensors '/"classifier.weight":{"dtype":"F32"/s//"classifier.weight":{"dtype":"F8_E4M3FNUZ"/'
+check "a type nobody knows" rejected "classifier.weight: expected type F32, F16 or BF16, found F8_E4M3FNUZ" \
+    "$tmp/model" $in
+
+last=$(($(wc -c <"$jepa/model.safetensors") - 8 - $(header_size "$jepa/model.safetensors")))
+extra="\"extra\":{\"dtype\":\"F8_E4M3FNUZ\",\"shape\":[3],\"data_offsets\":[$last,$((last + 3))]}"
+reheader "$jepa" model.safetensors "s/}} *\$/},$extra}/" xyz
+check "a type nobody knows, not used: the same logits" dense "$jepa/logits.npy" 2e-5 "$tmp/model" $in --dense
+for spaces in ' ' '  ' '   '; do
+    reheader "$jepa" model.safetensors "s/\$/$spaces/"
+    check "data begin at byte $(header_size "$tmp/model/model.safetensors") + 8" \
+        [ $(($(header_size "$tmp/model/model.safetensors") % 4)) -eq ${#spaces} ]
+    check "f32 that is not aligned: the same logits" dense "$jepa/logits.npy" 2e-5 "$tmp/model" $in --dense
+done
+reheader "$sharded" model-00002-of-00003.safetensors 's/$/ /'
+check "f16 that is not aligned: the same logits" dense "$sharded/logits.npy" 2e-5 "$tmp/model" \
+    --pixels "$sharded/pixel_values.npy" --dense
 variant "$mae" model.safetensors 's/layer.1.attention.attention.v_bias/layer.1.attention.attention.x_bias/'
 check "VideoMAE: no value bias" rejected "v_bias is missing" "$tmp/model" --pixels "$mae/pixel_values.npy"
 
@@ -242,6 +366,21 @@ in="--pixels $sharded/pixel_values.npy"
 variant "$sharded" config.json ''
 rm "$tmp/model/model-00002-of-00003.safetensors"
 check "a shard is missing" rejected "model-00002-of-00003.safetensors: No such file" "$tmp/model" $in
+for n in 1 2 3; do
+    shard=model-0000$n-of-00003.safetensors
+    check "shard $n cut off at any tensor" cut_at "$(tensor_ends "$sharded/$shard")" "$sharded" $shard $in
+done
+check "the index cut off after any line" cut_at "$(line_ends "$sharded/model.safetensors.index.json")" "$sharded" \
+    model.safetensors.index.json $in
+reheader "$sharded" model-00003-of-00003.safetensors \
+    's/"classifier.bias"/"pooler.cross_attention_layer.cross_attn.k_proj.bias"/'
+check "two shards have one tensor" rejected "two tensors pooler.cross_attention_layer.cross_attn.k_proj.bias" \
+    "$tmp/model" $in
+variant "$sharded" config.json ''
+echo '{"weight_map": {}}' >"$tmp/model/model.safetensors.index.json"
+check "an index of nothing" rejected "expected \"weight_map\", an object with tensors" "$tmp/model" $in
+variant "$sharded" model.safetensors.index.json '/classifier.bias/s/"model-.*"/3/'
+check "an index of numbers" rejected "classifier.bias: expected the name of a file beside the index" "$tmp/model" $in
 variant "$sharded" model.safetensors.index.json '/classifier.bias/s/0000.-of/00002-of/'
 check "the index is wrong" rejected "classifier.bias is not in model-00002" "$tmp/model" $in
 variant "$sharded" model.safetensors.index.json '/classifier.bias/s/model-0000.-of/..\/model-of/'

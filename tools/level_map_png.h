@@ -1,18 +1,10 @@
 /* level_map_png.h - a picture of the level maps of all heads: one panel per head, one colour per level, a legend, and
- * axes in tokens. Everything is static. Needs stb_image_write.h and stb_easy_font.h (Debian: libstb-dev). */
+ * axes in tokens. Everything is static. */
 #ifndef LEVEL_MAP_PNG_H
 #define LEVEL_MAP_PNG_H
 
+#include "draw.h"
 #include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define STB_IMAGE_WRITE_STATIC
-#define STB_IMAGE_WRITE_IMPLEMENTATION
-#include <stb/stb_easy_font.h>
-#include <stb/stb_image_write.h>
 
 typedef struct level_maps {
     const uint8_t *levels; /* [B][H][nq][nk] */
@@ -20,12 +12,6 @@ typedef struct level_maps {
     int64_t B, H, Nq, Nk, nq, nk;
     int block_q, block_k;
 } level_maps;
-
-typedef struct picture {
-    unsigned char *rgb;
-    int width, height;
-    int text; /* pixels per pixel of the font; margins go with it */
-} picture;
 
 /* Where the panels stand, in pixels. */
 typedef struct layout {
@@ -37,31 +23,9 @@ typedef struct layout {
 } layout;
 
 /* Margins in pixels of the font. */
-enum { LINE = 10, GAP = 12, LEFT = 46, TOP = 32, BOTTOM = 32 };
+enum { LEFT = 46, TOP = 32, BOTTOM = 32 };
 enum { SMALLEST_MAP = 320, MOST_HEADS = 1024 };
 static const double most_pixels = 4e7;
-
-/* Darker is finer: lightness rises evenly from level 1 to level 128, skipped blocks are near white. */
-static const unsigned char level_colours[9][3] = {{247, 247, 247}, {8, 6, 40},      {86, 20, 125},
-                                                  {176, 48, 120},  {240, 100, 92},  {253, 150, 105},
-                                                  {254, 190, 135}, {253, 220, 165}, {245, 240, 190}};
-static const unsigned char ink[3] = {40, 40, 40};
-
-static int level_index(uint8_t level) {
-    int i = 0;
-    while (level) {
-        level = (uint8_t)(level >> 1);
-        i++;
-    }
-    return i;
-}
-
-static void fill(picture *p, int x, int y, int w, int h, const unsigned char rgb[3]) {
-    int x1 = x + w < p->width ? x + w : p->width, y1 = y + h < p->height ? y + h : p->height;
-    for (int j = y > 0 ? y : 0; j < y1; j++)
-        for (int i = x > 0 ? x : 0; i < x1; i++)
-            memcpy(p->rgb + 3 * ((size_t)j * (size_t)p->width + (size_t)i), rgb, 3);
-}
 
 /* Half-transparent, so that the blocks under a grid line can still be told apart. */
 static void shade(picture *p, int x, int y, int w, int h) {
@@ -70,27 +34,6 @@ static void shade(picture *p, int x, int y, int w, int h) {
             unsigned char *c = p->rgb + 3 * (size_t)j * (size_t)p->width + i;
             *c = (unsigned char)((*c + 128) / 2);
         }
-}
-
-static int text_width(const picture *p, const char *text) {
-    char copy[128];
-    snprintf(copy, sizeof copy, "%s", text);
-    return p->text * stb_easy_font_width(copy);
-}
-
-static void draw_text(picture *p, int x, int y, const char *text) {
-    struct vertex {
-        float x, y, z;
-        unsigned char colour[4];
-    } quads[4 * 1024];
-    char copy[128];
-    snprintf(copy, sizeof copy, "%s", text);
-    int n = stb_easy_font_print(0, 0, copy, NULL, quads, (int)sizeof quads);
-    for (int i = 0; i < n; i++) {
-        const struct vertex *a = &quads[4 * i], *c = a + 2; /* opposite corners */
-        fill(p, x + p->text * (int)a->x, y + p->text * (int)a->y, p->text * (int)(c->x - a->x),
-             p->text * (int)(c->y - a->y), ink);
-    }
 }
 
 /* Blocks are drawn to scale in tokens, at least two pixels each way, larger where the map is small. Maps of which all
@@ -122,19 +65,6 @@ static layout lay_out(const level_maps *m, double shrink) {
     return l;
 }
 
-/* A pixel shows the mean colour of the blocks it covers: one block, unless the map was shrunk. */
-static void draw_pixel(const level_maps *m, const uint8_t *levels, const layout *l, int x, int y, unsigned char *rgb) {
-    int64_t j0 = x * m->nk / l->map_w, j1 = (x + 1) * m->nk / l->map_w;
-    int64_t i0 = y * m->nq / l->map_h, i1 = (y + 1) * m->nq / l->map_h;
-    unsigned sum[3] = {0, 0, 0}, n = 0;
-    for (int64_t i = i0; i < i1 || i == i0; i++)
-        for (int64_t j = j0; j < j1 || j == j0; j++, n++)
-            for (int c = 0; c < 3; c++)
-                sum[c] += level_colours[level_index(levels[i * m->nk + j])][c];
-    for (int c = 0; c < 3; c++)
-        rgb[c] = (unsigned char)(sum[c] / n);
-}
-
 /* Tokens between two grid lines: 1, 2, 4, ... blocks, such that labels of this width do not touch. */
 static int64_t tick_step(int64_t tokens, int block, int pixels, int label) {
     int64_t step = block;
@@ -154,7 +84,7 @@ static void draw_x_axis(picture *p, const level_maps *m, const layout *l, int x,
         if (t)
             shade(p, at, y, 1, l->map_h);
         fill(p, at, y + l->map_h, 1, 3 * p->text, ink);
-        draw_text(p, at - (t ? text_width(p, label) / 2 : 0), y + l->map_h + 4 * p->text, label);
+        draw_text(p, at - (t ? text_width(p, label) / 2 : 0), y + l->map_h + 4 * p->text, label, ink);
     }
 }
 
@@ -167,7 +97,7 @@ static void draw_y_axis(picture *p, const level_maps *m, const layout *l, int x,
         if (t)
             shade(p, x, at, l->map_w, 1);
         fill(p, x - 3 * p->text, at, 3 * p->text, 1, ink);
-        draw_text(p, x - 4 * p->text - text_width(p, label), at - (t ? 3 * p->text : 0), label);
+        draw_text(p, x - 4 * p->text - text_width(p, label), at - (t ? 3 * p->text : 0), label, ink);
     }
 }
 
@@ -175,32 +105,24 @@ static void draw_panel(picture *p, const level_maps *m, const layout *l, int hea
     const uint8_t *levels = m->levels + (int64_t)head * m->nq * m->nk;
     char title[64];
     snprintf(title, sizeof title, "b%d h%d  density %.3f", (int)(head / m->H), (int)(head % m->H), m->density[head]);
-    draw_text(p, x, y, title);
+    draw_text(p, x, y, title, ink);
     y += LINE * p->text;
-    fill(p, x - 1, y - 1, l->map_w + 2, l->map_h + 2, ink);
-    for (int j = 0; j < l->map_h; j++)
-        for (int i = 0; i < l->map_w; i++)
-            draw_pixel(m, levels, l, i, j, p->rgb + 3 * ((size_t)(y + j) * (size_t)p->width + (size_t)(x + i)));
+    draw_levels(p, levels, m->nq, m->nk, x, y, l->map_w, l->map_h);
     draw_x_axis(p, m, l, x, y);
     draw_y_axis(p, m, l, x, y);
 }
 
 /* The levels that occur, finest first. */
 static void draw_legend(picture *p, const level_maps *m, int x, int y) {
-    int seen[9] = {0};
+    int seen[LEVELS] = {0};
     for (int64_t i = 0; i < m->B * m->H * m->nq * m->nk; i++)
         seen[level_index(m->levels[i])] = 1;
-    for (int i = 1; i <= 9; i++) {
-        int index = i % 9; /* skip comes last */
-        char label[32] = "skip";
-        if (!seen[index])
+    for (int i = 1; i <= LEVELS; i++) {
+        char label[32];
+        if (!seen[i % LEVELS]) /* skip comes last */
             continue;
-        if (index)
-            snprintf(label, sizeof label, "level %d", 1 << (index - 1));
-        fill(p, x - 1, y - 1, 10 * p->text + 2, 8 * p->text + 2, ink);
-        fill(p, x, y, 10 * p->text, 8 * p->text, level_colours[index]);
-        draw_text(p, x + 13 * p->text, y + p->text / 2, label);
-        x += (13 + GAP) * p->text + text_width(p, label);
+        level_name(label, sizeof label, i % LEVELS);
+        x = draw_key(p, x, y, level_colours[i % LEVELS], label);
     }
 }
 
@@ -209,15 +131,10 @@ static void draw_all(picture *p, const level_maps *m, const layout *l) {
     int s = p->text;
     snprintf(title, sizeof title, "level maps: %lld queries down, %lld keys across, blocks %d x %d", (long long)m->Nq,
              (long long)m->Nk, m->block_q, m->block_k);
-    memset(p->rgb, 255, 3 * (size_t)p->width * (size_t)p->height);
-    draw_text(p, GAP * s, GAP * s, title);
+    draw_text(p, GAP * s, GAP * s, title, ink);
     for (int i = 0; i < l->n; i++)
         draw_panel(p, m, l, i, LEFT * s + i % l->columns * l->panel_w, TOP * s + i / l->columns * l->panel_h);
     draw_legend(p, m, GAP * s, l->height - (BOTTOM - GAP) * s);
-}
-
-static void level_map__write(void *context, void *data, int size) {
-    fwrite(data, 1, (size_t)size, (FILE *)context); /* an error stays set in the FILE */
 }
 
 /* 0, or -1 with one line in err. */
@@ -231,14 +148,11 @@ static int level_map_png(const char *path, const level_maps *m, char *err, size_
     double pixels = (double)l.width * l.height;
     if (pixels > most_pixels)
         l = lay_out(m, sqrt(most_pixels / pixels));
-    picture p = {NULL, l.width, l.height, l.text};
-    p.rgb = (unsigned char *)malloc(3 * (size_t)l.width * (size_t)l.height);
-    FILE *f = p.rgb ? fopen(path, "wb") : NULL;
-    int bad = !f;
-    if (f) {
+    picture p;
+    int bad = !picture_init(&p, l.width, l.height, l.text);
+    if (!bad) {
         draw_all(&p, m, &l);
-        bad = !stbi_write_png_to_func(level_map__write, f, l.width, l.height, 3, p.rgb, 3 * l.width) || ferror(f);
-        bad |= fclose(f) != 0;
+        bad = picture_write(&p, path) != 0;
     }
     free(p.rgb);
     if (bad)

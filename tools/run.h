@@ -1,105 +1,10 @@
-/* run.h - what the psa command does with the library: threads, progress, and the stages with their times.
+/* run.h - what the psa command does with the library: the stages with their times, and how two results differ.
  * Include after psa.h and options.h. Everything is static. */
 #ifndef RUN_H
 #define RUN_H
 
-#include <pthread.h>
-#include <time.h>
-#include <unistd.h>
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* ---- threads that stay, so that short stages are not measured with their creation ---- */
-
-typedef struct crew {
-    pthread_mutex_t lock;
-    pthread_cond_t work, done;
-    pthread_t *thread;
-    int n_threads;     /* with the calling one */
-    psa_task_fn *task; /* what the threads do now */
-    void *ctx;
-    int nth, next, running; /* tasks, the first one nobody took, those not finished */
-    int stop;
-    const char *label; /* of the progress line; NULL: none */
-    double started, shown;
-} crew;
-
-/* Once a second of work has passed; label is set only where a person is looking. */
-static void show_progress(crew *c) {
-    double t = now();
-    if (!c->label || t - c->started < 1 || t - c->shown < 0.1)
-        return;
-    c->shown = t;
-    fprintf(stderr, "\r%-10s %3d%%  %.0f s\033[K", c->label, 100 * (c->nth - c->running) / c->nth, t - c->started);
-    fflush(stderr);
-}
-
-/* Takes tasks until there are none. The lock is held on entry and on return. */
-static void crew_take(crew *c) {
-    while (c->next < c->nth) {
-        int ith = c->next++;
-        pthread_mutex_unlock(&c->lock);
-        c->task(c->ctx, ith, c->nth);
-        pthread_mutex_lock(&c->lock);
-        if (--c->running == 0)
-            pthread_cond_signal(&c->done);
-        show_progress(c);
-    }
-}
-
-static void *crew_thread(void *arg) {
-    crew *c = (crew *)arg;
-    pthread_mutex_lock(&c->lock);
-    while (!c->stop) {
-        crew_take(c);
-        pthread_cond_wait(&c->work, &c->lock);
-    }
-    pthread_mutex_unlock(&c->lock);
-    return NULL;
-}
-
-static void crew_run(crew *c, int nth, psa_task_fn *task, void *ctx) {
-    pthread_mutex_lock(&c->lock);
-    c->task = task, c->ctx = ctx;
-    c->next = 0, c->nth = c->running = nth;
-    pthread_cond_broadcast(&c->work);
-    crew_take(c);
-    while (c->running)
-        pthread_cond_wait(&c->done, &c->lock);
-    pthread_mutex_unlock(&c->lock);
-}
-
-static void crew_stop(crew *c) {
-    pthread_mutex_lock(&c->lock);
-    c->stop = 1;
-    pthread_cond_broadcast(&c->work);
-    pthread_mutex_unlock(&c->lock);
-    for (int i = 0; i < c->n_threads - 1; i++)
-        pthread_join(c->thread[i], NULL);
-    free(c->thread);
-    pthread_cond_destroy(&c->work);
-    pthread_cond_destroy(&c->done);
-    pthread_mutex_destroy(&c->lock);
-}
-
-/* n_threads 0: all processors. Works with fewer threads if the system gives no more. */
-static void crew_start(crew *c, int n_threads) {
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    int wanted = n_threads ? n_threads : processors > 0 ? (int)processors : 1;
-    memset(c, 0, sizeof *c);
-    pthread_mutex_init(&c->lock, NULL);
-    pthread_cond_init(&c->work, NULL);
-    pthread_cond_init(&c->done, NULL);
-    c->n_threads = 1;
-    c->thread = (pthread_t *)calloc((size_t)wanted, sizeof *c->thread);
-    while (c->thread && c->n_threads < wanted &&
-           pthread_create(&c->thread[c->n_threads - 1], NULL, crew_thread, c) == 0)
-        c->n_threads++;
-}
+#include "crew.h"
+#include "elements.h"
 
 /* More pieces than threads, so that the progress line moves. */
 static int tasks(const crew *c) {
@@ -217,62 +122,13 @@ static double run_seconds(const run *r) {
     return sum;
 }
 
-/* ---- elements ---- */
-
-static float float_from_bits(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-static float half_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-    if (exponent == 31)
-        return float_from_bits(sign | 0x7f800000 | fraction << 13);
-    if (exponent == 0)
-        return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
-    return float_from_bits(sign | (exponent + 112) << 23 | fraction << 13);
-}
-
-/* Keeps bits - drop of the low ones, to nearest, ties to even. */
-static uint32_t round_bits(uint32_t bits, int drop) {
-    return (bits + ((1u << (drop - 1)) - 1) + (bits >> drop & 1)) >> drop;
-}
-
-static uint16_t half_from_float(float f) {
-    uint32_t bits, sign;
-    memcpy(&bits, &f, sizeof bits);
-    sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00);
-    if (bits >= 0x477ff000) /* rounds to 65536 or more */
-        return (uint16_t)(sign | 0x7c00);
-    if (bits < 0x38800000) /* below the smallest normal half: let the addition round */
-        return (uint16_t)(sign | (uint32_t)(rintf(float_from_bits(bits) * 0x1p24f)));
-    return (uint16_t)(sign | round_bits(bits - 0x38000000, 13));
-}
-
-static uint16_t bf16_from_float(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(bits >> 16 | 0x40); /* a quiet NaN, whatever its low bits are */
-    return (uint16_t)round_bits(bits, 16);
-}
+/* ---- comparison ---- */
 
 static float get_element(const void *data, psa_type type, size_t i) {
     if (type == PSA_F32)
         return ((const float *)data)[i];
     uint16_t h = ((const uint16_t *)data)[i];
     return type == PSA_F16 ? half_to_float(h) : float_from_bits((uint32_t)h << 16);
-}
-
-static void set_element(void *data, psa_type type, size_t i, float value) {
-    if (type == PSA_F32)
-        ((float *)data)[i] = value;
-    else
-        ((uint16_t *)data)[i] = type == PSA_F16 ? half_from_float(value) : bf16_from_float(value);
 }
 
 /* The distance of b from a: relative in the L2 norm, and the largest of an element. */
