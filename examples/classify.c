@@ -5,8 +5,8 @@
  *
  * MODEL is a Hugging Face folder (config.json, preprocessor settings, safetensors). Linear layers run in OpenBLAS,
  * attention in psa.h, video is read through ffmpeg. In the order in which data flows: video.h, preprocess.h (frames to
- * pixels), safetensors.h, model.h (pixels to logits), pictures.h and report.h (what it found and what that cost),
- * evaluate.h (a list of labelled videos), and here the options and the order of things. */
+ * pixels), safetensors.h, model.h, encoder.h (pixels to logits), job.h (inputs to results), pictures.h, report.h (what
+ * came out and what it cost), evaluate.h (a list of labelled videos), and here the options. */
 #define _DEFAULT_SOURCE
 #define _FILE_OFFSET_BITS 64
 #define PSA_IMPLEMENTATION
@@ -14,7 +14,7 @@
 
 #include "preprocess.h"
 
-#include "model.h"
+#include "encoder.h"
 
 #include "options.h"
 
@@ -112,8 +112,8 @@ static int read_arguments(arguments *a, int argc, char **argv) {
 
 static void print_help(void) {
     printf("classify MODEL VIDEO... [options]\n"
-           "Labels of videos by a VideoMAE or V-JEPA 2 checkpoint (a Hugging Face folder) with PSA. A folder in place of\n"
-           "a video stands for the videos in it.\n\n");
+           "Labels of videos by a VideoMAE or V-JEPA 2 checkpoint (a Hugging Face folder) with PSA.\n"
+           "A folder in place of a video stands for the videos in it.\n\n");
     print_options(&classify_syntax);
 }
 

@@ -1,5 +1,5 @@
-/* evaluate.h - accuracy on a list of labelled videos: CSV lines of path,label. Further columns are not read, and neither
- * are empty lines and lines that begin with #. A label is the config's text or its number. */
+/* evaluate.h - accuracy on a list of labelled videos: CSV lines of path,label. Further columns are not read, nor are
+ * empty lines and lines that begin with #. A label is the config's text or its number. */
 #ifndef EVALUATE_H
 #define EVALUATE_H
 
@@ -126,7 +126,7 @@ static void print_tally_row(const tally *t, int which, const char *name, double 
     double top1[2], top5[2];
     interval(t->top1[which], t->seen, top1);
     interval(t->top5[which], t->seen, top5);
-    printf("%-6s %8.3f   %6.2f (%.2f to %.2f)   %6.2f (%.2f to %.2f)   %9.2f ms   %9.2f ms\n", name, density,
+    printf("%-8s %8.3f   %6.2f (%6.2f to %6.2f)   %6.2f (%6.2f to %6.2f)   %9.1f ms   %9.1f ms\n", name, density,
            100.0 * t->top1[which] / t->seen, 100 * top1[0], 100 * top1[1], 100.0 * t->top5[which] / t->seen,
            100 * top5[0], 100 * top5[1], 1e3 * t->attention[which] / t->seen, 1e3 * t->seconds[which] / t->seen);
 }
@@ -136,13 +136,15 @@ static void print_tally(const job *j, const tally *t) {
     print_header(j);
     printf("%s: %d clips in %.0f s, %.2f a second", j->in.eval, t->seen, elapsed, t->seen / elapsed);
     if (t->unread) printf("; %d could not be read", t->unread);
-    printf("\n        density   top-1, %% (95 %% interval)      top-5, %% (95 %% interval)   attention/clip      total/clip\n");
+    printf("\n%17s   %-25s   %-25s   %12s   %12s\n", "density", "top-1, % (95 % interval)", "top-5, % (95 % interval)",
+           "attention", "total a clip");
     print_tally_row(t, 0, j->in.dense ? "dense" : "psa", t->density / t->seen);
     if (!j->in.psa.compare) return;
     print_tally_row(t, 1, "dense", 1);
-    printf("top-1 agrees on %.2f %%; psa - dense %+.2f points (+- %.2f); KL(dense || psa) %.3g nats; attention %.2f times "
-           "as fast\n", 100.0 * t->agree / t->seen, 100.0 * (t->gained - t->lost) / t->seen,
-           100 * difference_interval(t), t->kl / t->seen, t->attention[1] / t->attention[0]);
+    printf("top-1 agrees on %.2f %%; psa - dense %+.2f points (+- %.2f); KL(dense || psa) %.3g nats\n"
+           "attention %.2f times as fast, all %.2f times\n", 100.0 * t->agree / t->seen,
+           100.0 * (t->gained - t->lost) / t->seen, 100 * difference_interval(t), t->kl / t->seen,
+           t->attention[1] / t->attention[0], t->seconds[1] / t->seconds[0]);
 }
 
 static void json_tally_row(cJSON *parent, const tally *t, int which, const char *name, double density) {

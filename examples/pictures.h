@@ -9,7 +9,7 @@
 #define PICTURES_H
 
 #include "draw.h"
-#include "model.h"
+#include "encoder.h"
 #include <sys/stat.h>
 #include <unistd.h>
 

@@ -1,6 +1,6 @@
 /* video.h - RGB frames of a video, one after the other: any video through ffmpeg, .y4m without it, frames in a .npy.
  * A video is read twice: to count its frames, and for the frames themselves. One frame is in memory.
- * Compressed video needs ffmpeg 5.1 or newer in PATH. Functions that return int return 0, or -1 with a line in error. */
+ * Compressed video needs ffmpeg 5.1 or newer in PATH. Functions that return int: 0, or -1 with a line in error. */
 #ifndef VIDEO_H
 #define VIDEO_H
 

@@ -265,7 +265,7 @@ static void draw_frame(scene *sc, int t, uint8_t *rgb) {
         int sum = 0; /* of four bytes: deviation 147.8 */
         for (int b = 0; b < 4; b++) sum += (int)(r >> (8 * b) & 255);
         double noise = (sum - 510) * (25.5 / 147.8);
-        for (size_t c = 0; c < 3; c++) rgb[3 * i + c] = (uint8_t)clamp(255 * sc->canvas[3 * i + c] + noise + 0.5, 0, 255);
+        for (size_t c = 3 * i; c < 3 * i + 3; c++) rgb[c] = (uint8_t)clamp(255 * sc->canvas[c] + noise + 0.5, 0, 255);
     }
 }
 
@@ -361,7 +361,8 @@ static void write_list(scene *sc, const char *list, const char *directory) {
             die("%s: line %d: expected file,label,seed", list, number);
         make_scene(sc, seed);
         label_text(sc->label, text);
-        if (strcmp(text, label) != 0) die("%s: line %d: seed %" PRIu64 " is a clip of \"%s\"", list, number, seed, text);
+        if (strcmp(text, label) != 0)
+            die("%s: line %d: seed %" PRIu64 " is a clip of \"%s\"", list, number, seed, text);
         if (snprintf(path, sizeof path, "%s/%s", directory, name) >= (int)sizeof path) die("%s: too long", directory);
         write_y4m(sc, path);
     }
@@ -374,7 +375,7 @@ static void write_list(scene *sc, const char *list, const char *directory) {
 static const char usage[] =
     "clips [options] FILE.y4m           draw the clip of a seed, print its label\n"
     "clips [options] --list LIST DIR    draw every clip of a list, lines of file,label,seed\n"
-    "clips [options] --count N -        clips for training, to stdout: label (a byte) and RGB frames of seeds S, S+1, ...\n\n"
+    "clips [options] --count N -        clips for training, to stdout: label (a byte) and RGB frames of seeds S, ...\n\n"
     "  --seed S          default 0\n"
     "  --size N          pixels a side, even; default 128\n"
     "  --frames N        default 32\n"
