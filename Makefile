@@ -57,15 +57,16 @@ deps:
 	    $$as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
 demo: $B/classify
-	@echo "A checkpoint with random weights on a drawn clip: the label means nothing, the work and the agreement do."
-	$B/classify tests/data/models/vjepa2-tiny-d64-f16-sharded tests/data/clip.mp4 --num-frames 64 \
-	    --preset paper-25 --compare
+	$B/classify examples/data/model examples/data/clips --order gilbert --compare
+	$B/classify examples/data/model examples/data/clips/one.mp4 --order gilbert --compare --png $B/demo
+	@echo "pictures of what attention read: $B/demo/summary.png, frames.png, levels.png, density.png"
 
 # The test binary goes last: its last line is the result.
 test: all $B/readme
 	$B/readme
 	BUILD=$B tests/psa.sh
 	BUILD=$B tests/classify.sh
+	BUILD=$B tests/demo.sh
 	$B/test_psa
 
 bench: $B/psa

@@ -375,6 +375,7 @@ check "bench: JSON" json "$tmp/bench.json" cpu compiler flags threads isa type h
 check "bench: cases" [ "$(grep -c '"speedup"' "$tmp/bench.json")" -eq 4 ]
 check "bench: table" prints "x dense; density" bench --n 256 --d 64 --heads 1 --isa scalar
 check "bench: head size" rejected "expected a multiple of 8" bench --n 256 --d 12
+check "bench: block size" rejected "block-k 48: expected 16, 32, 64 or 128" bench --n 256 --block-k 48
 check "bench: lists" rejected "n '256,': expected N,..." bench --n 256,
 for option in "--d 7" "--d 264" "--n 0" "--heads 0" "--heads x" "--density 0" "--density 1.01" "--threads 0" \
     "--type f64" "--isa sse9"; do

@@ -382,6 +382,8 @@ static int bench(const options *o, crew *c) {
     for (int i = 0; i < o->n_d; i++)
         if (o->d[i] % 8)
             return fail(o, "--d %d: expected a multiple of 8", o->d[i]);
+    if (bench_block_k(o) & (bench_block_k(o) - 1) || bench_block_k(o) < 16 || bench_block_k(o) > 128)
+        return fail(o, "--block-k %d: expected 16, 32, 64 or 128", bench_block_k(o));
     cpu_name(cpu, sizeof cpu);
     cJSON *json = machine_json(o, cpu, isa, c->n_threads), *cases = cJSON_AddArrayToObject(json, "cases");
     if (!o->json)

@@ -31,6 +31,7 @@ static const char *const ways[WAYS] = {"left", "right", "up", "down"};
 typedef struct setup {
     int size, frames, digit; /* pixels a side, frames, height of a digit in pixels */
     int others, swaying;     /* digits that do not travel; how many of them go out and come back */
+    int travel;              /* percent of the frame that a digit travels at least */
     int bars, clutter;       /* bars in front; clutter in percent of the area */
     int held_out;            /* digits that training does not see */
     const char *digits;      /* the file with their pictures */
@@ -227,10 +228,11 @@ static void make_scene(scene *sc, uint64_t seed) {
         sprite *p = &sc->sprites[i];
         random_digit(sc, p, whole(&sc->random, DIGITS));
         p->returns = i < s->swaying;
-        send(sc, p, whole(&sc->random, WAYS), p->returns ? s->size * between(&sc->random, 0.1, 0.25) : 0, 0);
+        double out = p->returns ? s->size * between(&sc->random, 0.0037 * s->travel, 0.25) : 0;
+        send(sc, p, whole(&sc->random, WAYS), out, 0);
     }
     random_digit(sc, &sc->sprites[s->others], sc->label / WAYS);
-    double length = s->size * between(&sc->random, 0.27, 0.45);
+    double length = s->size * between(&sc->random, 0.01 * s->travel, 0.45);
     send(sc, &sc->sprites[s->others], sc->label % WAYS, length, s->size * between(&sc->random, -0.05, 0.05));
     for (int i = 0; i < s->bars; i++) {
         bar *b = &sc->bars[i];
@@ -382,6 +384,7 @@ static const char usage[] =
     "  --digit N         height of a digit in pixels; default 28\n"
     "  --others N        digits that do not travel; default 4\n"
     "  --swaying N       how many of them go out and come back; default 2\n"
+    "  --travel N        percent of the frame that a digit travels at least, up to 45; default 27\n"
     "  --bars N          bars in front; default 2\n"
     "  --clutter N       faint pieces of writing, percent of the area; default 30\n"
     "  --held-out        digits that training does not see; --list implies it\n"
@@ -397,14 +400,14 @@ static long number(const char *option, const char *text, long lo, long hi) {
 }
 
 int main(int argc, char **argv) {
-    enum { SEED, SIZE, FRAMES, DIGIT, OTHERS, SWAYING, BARS, CLUTTER, HELD_OUT, SHEET, LIST, COUNT, HELP };
+    enum { SEED, SIZE, FRAMES, DIGIT, OTHERS, SWAYING, TRAVEL, BARS, CLUTTER, HELD_OUT, SHEET, LIST, COUNT, HELP };
     static const struct option options[] = {
         {"seed", 1, NULL, SEED},       {"size", 1, NULL, SIZE},       {"frames", 1, NULL, FRAMES},
         {"digit", 1, NULL, DIGIT},     {"others", 1, NULL, OTHERS},   {"swaying", 1, NULL, SWAYING},
-        {"bars", 1, NULL, BARS},       {"clutter", 1, NULL, CLUTTER}, {"held-out", 0, NULL, HELD_OUT},
-        {"digits", 1, NULL, SHEET},    {"list", 1, NULL, LIST},       {"count", 1, NULL, COUNT},
-        {"help", 0, NULL, HELP},       {NULL, 0, NULL, 0}};
-    setup s = {128, 32, 28, 4, 2, 2, 30, 0, "examples/data/digits.png"};
+        {"travel", 1, NULL, TRAVEL},   {"bars", 1, NULL, BARS},       {"clutter", 1, NULL, CLUTTER},
+        {"held-out", 0, NULL, HELD_OUT}, {"digits", 1, NULL, SHEET},  {"list", 1, NULL, LIST},
+        {"count", 1, NULL, COUNT},     {"help", 0, NULL, HELP},       {NULL, 0, NULL, 0}};
+    setup s = {128, 32, 28, 4, 2, 27, 2, 30, 0, "examples/data/digits.png"};
     const char *list = NULL;
     uint64_t seed = 0;
     int count = 0, given;
@@ -418,6 +421,7 @@ int main(int argc, char **argv) {
         case DIGIT: s.digit = (int)number(name, optarg, 4, MAX_SIZE); break;
         case OTHERS: s.others = (int)number(name, optarg, 0, MAX_DIGITS); break;
         case SWAYING: s.swaying = (int)number(name, optarg, 0, MAX_DIGITS); break;
+        case TRAVEL: s.travel = (int)number(name, optarg, 1, 45); break;
         case BARS: s.bars = (int)number(name, optarg, 0, MAX_DIGITS); break;
         case CLUTTER: s.clutter = (int)number(name, optarg, 0, 1000); break;
         case HELD_OUT: s.held_out = 1; break;

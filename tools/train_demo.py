@@ -45,7 +45,9 @@ STAGES = [
     dict(shapes=[dict(size=96, frames=8, digit=24, **MORE)], batch=24, steps=700, rate=8e-4, warmup=50),
     dict(shapes=[dict(size=64, frames=4, digit=28, **NEAR)], batch=64, steps=1200, rate=1.2e-3, warmup=50),
     dict(shapes=[dict(size=SIZE, frames=8, digit=28, **FULL)], batch=16, steps=300, rate=8e-4, warmup=30),
-    dict(shapes=[dict(size=SIZE, frames=FRAMES, digit=28, **FULL)], batch=8, steps=170, rate=5e-4, warmup=15),
+    dict(shapes=[dict(size=SIZE, frames=8, digit=28, **FULL)], batch=16, steps=480, rate=8e-4, warmup=30),
+    dict(shapes=[dict(size=SIZE, frames=8, digit=28, travel=6, **FULL)], batch=16, steps=440, rate=8e-4, warmup=20),
+    dict(shapes=[dict(size=SIZE, frames=FRAMES, digit=28, **FULL)], batch=8, steps=60, rate=1.5e-4, warmup=8),
 ]
 
 
