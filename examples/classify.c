@@ -141,10 +141,6 @@ static void run_named(job *j, const char *path) {
     if (run_video(j, path, r, error, sizeof error) != 0) die("%s", error);
 }
 
-static int by_path(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
-
 static int is_video(const char *path) {
     static const char *const kinds[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi",  "mpg",
                                         "mpeg", "ts", "wmv", "flv", "3gp",  "gif", "y4m"};
@@ -173,7 +169,7 @@ static void run_folder(job *j, const char *path) {
     }
     closedir(folder);
     if (n == 0) die("%s: the folder holds no videos", path);
-    qsort(names, n, sizeof *names, by_path);
+    qsort(names, n, sizeof *names, by_text);
     for (size_t i = 0; i < n; i++) {
         run_named(j, names[i]);
         free(names[i]);

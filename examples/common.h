@@ -36,6 +36,11 @@ static char *copy_text(const char *text) {
     return strcpy(copy, text);
 }
 
+/* For qsort: strings by their bytes. */
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
 static char *join_path(const char *dir, const char *name) {
     size_t n = strlen(dir) + strlen(name) + 2;
     char *path = alloc(n, 1);

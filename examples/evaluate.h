@@ -138,7 +138,7 @@ static void print_tally(const job *j, const tally *t) {
     if (t->unread) printf("; %d could not be read", t->unread);
     printf("\n%17s   %-25s   %-25s   %12s   %12s\n", "density", "top-1, % (95 % interval)", "top-5, % (95 % interval)",
            "attention", "total a clip");
-    print_tally_row(t, 0, j->in.dense ? "dense" : "psa", t->density / t->seen);
+    print_tally_row(t, 0, main_name(j), t->density / t->seen);
     if (!j->in.psa.compare) return;
     print_tally_row(t, 1, "dense", 1);
     printf("top-1 agrees on %.2f %%; psa - dense %+.2f points (+- %.2f); KL(dense || psa) %.3g nats\n"
@@ -169,7 +169,7 @@ static void print_tally_json(const job *j, const tally *t) {
     cJSON_AddNumberToObject(root, "clips", t->seen);
     cJSON_AddNumberToObject(root, "unread", t->unread);
     cJSON_AddNumberToObject(root, "clips_per_second", t->seen / (now() - t->start));
-    json_tally_row(root, t, 0, j->in.dense ? "dense" : "psa", t->density / t->seen);
+    json_tally_row(root, t, 0, main_name(j), t->density / t->seen);
     if (j->in.psa.compare) {
         json_tally_row(root, t, 1, "dense", 1);
         cJSON_AddNumberToObject(root, "agreement", (double)t->agree / t->seen);

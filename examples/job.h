@@ -124,6 +124,11 @@ static void run_clip(job *j, const clip *c, result *r) {
     if (j->in.psa.compare) run_model(j, r->name, &dense, c->pixels, NULL, &r->dense);
 }
 
+/* What reports call the outcome that was asked for. */
+static const char *main_name(const job *j) {
+    return j->in.dense ? "dense" : "psa";
+}
+
 /* ---- inputs ----------------------------------------------------------------------------------------------------- */
 
 static result *result_add(job *j, const char *name) {

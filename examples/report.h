@@ -47,7 +47,7 @@ static void print_result(const job *j, const result *r) {
     printf("\n");
     print_labels(&j->m, &r->main);
     printf("  ms     density     embed attention    linear      head     total   top-1\n");
-    print_outcome(j, j->in.dense ? "dense" : "psa", &r->main);
+    print_outcome(j, main_name(j), &r->main);
     if (r->main.is_dense && !j->in.dense)
         printf("  so few tokens that attention is dense: fewer than %d blocks of keys leave nothing to choose from\n",
                FEWEST_KV_BLOCKS);
@@ -103,7 +103,7 @@ static void json_result(cJSON *parent, const job *j, const result *r) {
     cJSON_AddItemToObject(object, "grid", cJSON_CreateIntArray(r->grid, 3));
     cJSON_AddNumberToObject(object, "read_seconds", r->read_seconds);
     cJSON_AddBoolToObject(object, "short_and_dense", r->main.is_dense && !j->in.dense);
-    json_outcome(object, j->in.dense ? "dense" : "psa", j, &r->main);
+    json_outcome(object, main_name(j), j, &r->main);
     if (!j->in.psa.compare) return;
     json_outcome(object, "dense", j, &r->dense);
     cJSON_AddBoolToObject(object, "top1_agrees", r->main.top[0] == r->dense.top[0]);

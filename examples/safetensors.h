@@ -191,10 +191,6 @@ static void shard_open(checkpoint *c, shard *s) {
 
 /* ---- folders ---------------------------------------------------------------------------------------------------- */
 
-static int by_text(const void *a, const void *b) {
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
 /* Lists the distinct file names of an index's weight_map. */
 static void list_shards(checkpoint *c, const cJSON *map, const char *index) {
     size_t n = 0, most = (size_t)cJSON_GetArraySize(map);

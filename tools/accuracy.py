@@ -121,10 +121,9 @@ class Study:
         return f"{100 * right.mean():.1f} ({100 * difference.mean():+.1f} ± {100 * half:.1f}), {kl:.2g}"
 
     def print_table(self, densities, only):
-        n, part = len(self.labels), self.right(self.dense).mean()
-        centre, half = part + 1.92 / n, 1.96 * (part * (1 - part) / n + 0.96 / n ** 2) ** 0.5
-        lo, hi = (centre - half) / (1 + 3.84 / n), (centre + half) / (1 + 3.84 / n)
-        print(f"Dense: top-1 {100 * part:.1f} % ({100 * lo:.1f} to {100 * hi:.1f}), {n} clips.\n")
+        lo, hi = self.dense["top1_interval"]
+        print(f"Dense: top-1 {100 * self.dense['top1']:.1f} % ({100 * lo:.1f} to {100 * hi:.1f}), "
+              f"{len(self.labels)} clips.\n")
         print("| |" + "".join(f" density {d} |" for d in densities) + "\n|---|" + "---|" * len(densities))
         for name, mask, options in ROWS:
             if only and only not in name:
