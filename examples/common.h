@@ -67,11 +67,6 @@ static int64_t file_size(FILE *f, const char *path) {
     return size;
 }
 
-static void read_at(FILE *f, const char *path, int64_t offset, void *dst, size_t size) {
-    if (fseeko(f, (off_t)offset, SEEK_SET) != 0 || fread(dst, 1, size, f) != size)
-        die("%s: cannot read %zu bytes at byte %lld", path, size, (long long)offset);
-}
-
 /* ---- JSON ------------------------------------------------------------------------------------------------------- */
 
 /* text holds size bytes and a NUL after them; an object is expected. where names the source in errors. */
@@ -88,7 +83,7 @@ static cJSON *read_object(const char *path) {
     int64_t size = file_size(f, path);
     if (size > 64 << 20) die("%s: %lld bytes is too long for a settings file", path, (long long)size);
     char *text = alloc((size_t)size + 1, 1);
-    read_at(f, path, 0, text, (size_t)size);
+    if (fread(text, 1, (size_t)size, f) != (size_t)size) die("%s: cannot read its %lld bytes", path, (long long)size);
     fclose(f);
     cJSON *json = parse_object(text, (size_t)size, path);
     free(text);
