@@ -15,7 +15,7 @@
 #include "model.h"
 #include <cblas.h>
 
-#define CHUNK_ROWS 256     /* tokens that a thread takes through the linear layers at a time */
+#define CHUNK_ROWS 768     /* most tokens that a thread takes through the linear layers at a time */
 #define FEWEST_KV_BLOCKS 8 /* with fewer there is nothing to choose from: attention is dense */
 
 /* What the self-attentions of one run read: the encoder's layers, then the pooler's. */
@@ -89,11 +89,15 @@ struct step {
     const float *pixels;
 };
 
+/* Every thread takes an equal share of the tokens, in equal chunks. */
 static void step_task(void *ctx, int ith, int nth) {
     const step *s = ctx;
-    for (int64_t first = (int64_t)ith * CHUNK_ROWS; first < s->e->n; first += (int64_t)nth * CHUNK_ROWS) {
-        int64_t left = s->e->n - first;
-        s->fn(s, first, (int)(left < CHUNK_ROWS ? left : CHUNK_ROWS), s->e->chunks + (size_t)ith * s->e->chunk_floats);
+    float *chunk = s->e->chunks + (size_t)ith * s->e->chunk_floats;
+    int64_t first = s->e->n * ith / nth, end = s->e->n * (ith + 1) / nth;
+    for (int64_t left = (end - first + CHUNK_ROWS - 1) / CHUNK_ROWS; left > 0; left--) {
+        int64_t rows = (end - first) / left;
+        s->fn(s, first, (int)rows, chunk);
+        first += rows;
     }
 }
 
@@ -157,13 +161,20 @@ static void linear_add(const linear *l, const float *x, int rows, float *y) {
 /* Loops over a row below keep one partial sum per lane, which is what lets compilers vectorise them. */
 enum { LANES = 8 }; /* widths are multiples of it */
 
+/* Compiled for wider vectors too; the machine's are taken at run time. */
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define WIDE __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define WIDE
+#endif
+
 static double lane_sum(const double *lanes) {
     double sum = 0;
     for (int i = 0; i < LANES; i++) sum += lanes[i];
     return sum;
 }
 
-static void norm_apply(const norm *n, const float *x, int rows, int C, float *y) {
+WIDE static void norm_apply(const norm *n, const float *x, int rows, int C, float *y) {
     for (int r = 0; r < rows; r++, x += C, y += C) {
         double sums[LANES] = {0}, squares[LANES] = {0};
         for (int i = 0; i < C; i += LANES)
@@ -177,7 +188,7 @@ static void norm_apply(const norm *n, const float *x, int rows, int C, float *y)
 }
 
 /* erf to a few ulp: the rational approximation that Eigen uses. It has no branches, unlike libm's. */
-static float erf_rational(float x) {
+static inline float erf_rational(float x) {
     x = x < -4 ? -4 : x > 4 ? 4 : x;
     float s = x * x, p = -2.72614225801306e-10f, q = -1.45660718464996e-05f;
     p = p * s + 2.77068142495902e-08f;
@@ -193,7 +204,7 @@ static float erf_rational(float x) {
     return x * p / q;
 }
 
-static void gelu(float *x, size_t n) {
+WIDE static void gelu(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + erf_rational(x[i] * 0.70710678f));
 }
 
@@ -287,6 +298,10 @@ static int64_t max64(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
+static int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 static void make_rotary(encoder *e) {
     int size = rotary_size(e->m), side = e->m->side_h / e->m->patch;
     int64_t positions = max64(side, (e->n - 1) / ((int64_t)side * side) + 1);
@@ -302,7 +317,7 @@ static void make_rotary(encoder *e) {
 }
 
 /* V-JEPA 2: rotary in place on one row of q or k, all heads, of token n. */
-static void apply_rotary(const encoder *e, int64_t n, float *row) {
+WIDE static void apply_rotary(const encoder *e, int64_t n, float *row) {
     int size = rotary_size(e->m), d = e->m->C / e->m->heads;
     int64_t side = e->m->side_h / e->m->patch;
     int64_t position[3] = {n / (side * side), n % (side * side) / side, n % side}; /* of the config's grid */
@@ -564,7 +579,8 @@ static void encoder_plan(encoder *e, const model *m, crew *c, psa_type type, int
     e->x = planned(e, row, sizeof *e->x);
     e->qkv = planned(e, row, 3 * psa_type_size(type));
     e->mix = planned(e, row, sizeof *e->mix);
-    e->chunk_floats = CHUNK_ROWS * max_size((size_t)m->C + max_size(hidden, 3 * (size_t)m->C), (size_t)m->embed.in);
+    size_t widest = max_size((size_t)m->C + max_size(hidden, 3 * (size_t)m->C), (size_t)m->embed.in);
+    e->chunk_floats = (size_t)min64(CHUNK_ROWS, (e->n - 1) / c->n_threads + 1) * widest;
     e->chunks = planned(e, (size_t)c->n_threads * e->chunk_floats, sizeof *e->chunks);
     e->widened = planned(e, widened_most(m), sizeof *e->widened);
     e->gilbert = planned(e, (size_t)e->n, sizeof *e->gilbert);
