@@ -98,10 +98,10 @@
  *
  * MEMORY
  *
- *     Only psa_attention allocates: once the workspace, once a level map, freed before it returns. The stages use the
- *     caller's buffer of psa_work_size bytes: pooled K and V in f32 (less than one f32 copy of each), and per thread
- *     about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block) floats. Linear in N for each of
- *     them but the maps, which have nq * nk entries.
+ *     Only psa_attention allocates: the workspace and a level map, or one piece if it splits the keys; freed before it
+ *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in f32 (less than one f32 copy
+ *     of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block) floats.
+ *     Linear in N for each of them but the maps, which have nq * nk entries.
  *
  * THREADS
  *
@@ -409,7 +409,8 @@ typedef struct psa_extra {
 
 /* Pool, score, mask and attend: out = attention(q, k, v). extra may be NULL.
  * Allocates the workspace and a level map through alloc_fn and frees them before it returns. On failure nothing is
- * written to out. Thread-safe; runs desc.n_threads threads. */
+ * written to out. Thread-safe; runs desc.n_threads threads. A dense call with one query block per head and many keys
+ * (decoding) takes the keys in parts, so that all threads have work, and merges. */
 PSA_API psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
                                  const psa_tensor *out, psa_extra *extra);
 
@@ -525,12 +526,15 @@ PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int hei
 #if defined(__GNUC__) || defined(__clang__)
 #define PSA__RESTRICT __restrict__
 #define PSA__ALWAYS_INLINE static inline __attribute__((always_inline))
+#define PSA__PREFETCH(p) __builtin_prefetch(p)
 #elif defined(_MSC_VER)
 #define PSA__RESTRICT __restrict
 #define PSA__ALWAYS_INLINE static __forceinline
+#define PSA__PREFETCH(p) ((void)(p))
 #else
 #define PSA__RESTRICT
 #define PSA__ALWAYS_INLINE static inline
+#define PSA__PREFETCH(p) ((void)(p))
 #endif
 
 #if defined(__clang__)
@@ -546,7 +550,8 @@ PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int hei
 #define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
 #define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
 #define PSA__TILE_K 64                  /* keys in an attention tile */
-#define PSA__PAD_K 8                    /* row pointer lists are padded to a multiple of this */
+#define PSA__SINGLES 4                  /* so few query rows are faster alone than as lanes of a tile */
+#define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
 #define PSA__RESCALE 8.0f               /* accumulators are rescaled when a maximum grew by more than 2^8 */
 
 #ifdef __cplusplus
@@ -690,19 +695,23 @@ static uint16_t psa__to_bf16(float x)
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
+/* Element i at any alignment. */
+static float psa__element(psa_type type, const void *p, int64_t i)
+{
+    float x;
+    uint16_t h;
+    if (type == PSA_F32) {
+        memcpy(&x, (const char *)p + 4 * i, sizeof x);
+        return x;
+    }
+    memcpy(&h, (const char *)p + 2 * i, sizeof h);
+    return type == PSA_F16 ? psa__from_f16(h) : psa__from_bf16(h);
+}
+
 /* n elements at any alignment, to and from f32. */
 static void psa__to_f32(float *dst, const void *src, psa_type type, int64_t n)
 {
-    const char *p = (const char *)src;
-    uint16_t h;
-    if (type == PSA_F32) {
-        memcpy(dst, src, (size_t)n * sizeof *dst);
-        return;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        memcpy(&h, p + 2 * i, 2);
-        dst[i] = type == PSA_F16 ? psa__from_f16(h) : psa__from_bf16(h);
-    }
+    for (int64_t i = 0; i < n; i++) dst[i] = psa__element(type, src, i);
 }
 
 static void psa__from_f32(void *dst, psa_type type, const float *src, int64_t n)
@@ -721,6 +730,20 @@ static void psa__from_f32(void *dst, psa_type type, const float *src, int64_t n)
 /* ================================================================================================================= */
 /* >>dispatch                                                                                                        */
 /* ================================================================================================================= */
+
+/* A query row against a tile of n keys; K and V rows are of any type. Keys with first[key] > lane are hidden; bias and
+ * first may be NULL. s has room for n keys. What lies ahead_k and ahead_v bytes after a row is
+ * prefetched, unless 0. */
+typedef struct psa__single {
+    psa_type type;
+    const float *q;             /* [d] */
+    const float *const *k, *const *v;
+    const float *bias;
+    const int32_t *first;
+    int64_t n, d, dv, lane;
+    size_t ahead_k, ahead_v;
+    float *s, *m, *l, *o;       /* o [dv]; m, l and o are brought up to date as by softmax and pv */
+} psa__single;
 
 /* The functions that every instruction set provides. SIMD lanes are queries: a query tile holds nv vectors of `lanes`
  * queries, transposed: qt[D][nv * lanes], s[keys][nv * lanes], ot[Dv][nv * lanes]. K and V are read as they lie in
@@ -753,6 +776,8 @@ typedef struct psa__leaves {
     void (*softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot, int64_t dv);
     /* ot += V^T s */
     void (*pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot);
+    /* All of that for a single query; lanes are elements of the head. */
+    void (*single)(const psa__single *x);
 
     /* Scoring. Over n keys, for every lane: bm = max s and, if bs is not NULL, bs = sum of exp2(s - bm).
      * NaN counts as not seen; bm of a lane that sees nothing is -BIG. */
@@ -838,7 +863,8 @@ PSA__ALWAYS_INLINE float PSA__(from_lane)(int first, float x, float other) { ret
 PSA__ALWAYS_INLINE float PSA__(exp2)(float x) { return psa__exp2(x); }
 PSA__ALWAYS_INLINE void PSA__(transpose)(float *r) { (void)r; }
 
-static void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n) { psa__to_f32(dst, src, type, n); }
+PSA__ALWAYS_INLINE float PSA__(load_as)(psa_type type, const void *p, int64_t i) { return psa__element(type, p, i); }
+
 static unsigned PSA__(denormals_off)(void) { return 0; }
 static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
 
@@ -909,21 +935,13 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m256 *r)
     PSA__UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
-static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+/* Elements i, i + 1, ... of a row of any type */
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(load_as)(psa_type type, const void *p, int64_t i)
 {
-    const char *p = (const char *)src;
-    int64_t i = 0;
-    if (type == PSA_F16) {
-        for (; i + 8 <= n; i += 8) {
-            _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 2 * i))));
-        }
-    } else if (type == PSA_BF16) {
-        for (; i + 8 <= n; i += 8) {
-            __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + 2 * i)));
-            _mm256_storeu_si256((__m256i *)(void *)(dst + i), _mm256_slli_epi32(x, 16));
-        }
-    }
-    psa__to_f32(dst + i, p + (size_t)i * (type == PSA_F32 ? 4 : 2), type, n - i);
+    const __m128i *half = (const __m128i *)(const void *)((const char *)p + 2 * i);
+    if (type == PSA_F16) return _mm256_cvtph_ps(_mm_loadu_si128(half));
+    if (type == PSA_F32) return _mm256_loadu_ps((const float *)p + i);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(half)), 16));
 }
 
 static PSA__TARGET unsigned PSA__(denormals_off)(void)
@@ -1008,22 +1026,12 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m512 *r)
     }
 }
 
-static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load_as)(psa_type type, const void *p, int64_t i)
 {
-    const char *p = (const char *)src;
-    int64_t i = 0;
-    if (type == PSA_F16) {
-        for (; i + 16 <= n; i += 16) {
-            __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i));
-            _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(x));
-        }
-    } else if (type == PSA_BF16) {
-        for (; i + 16 <= n; i += 16) {
-            __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)));
-            _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)));
-        }
-    }
-    psa__avx2_to_f32(dst + i, p + (size_t)i * (type == PSA_F32 ? 4 : 2), type, n - i);
+    const __m256i *half = (const __m256i *)(const void *)((const char *)p + 2 * i);
+    if (type == PSA_F16) return _mm512_cvtph_ps(_mm256_loadu_si256(half));
+    if (type == PSA_F32) return _mm512_loadu_ps((const float *)p + i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(half)), 16));
 }
 
 static PSA__TARGET unsigned PSA__(denormals_off)(void) { return psa__avx2_denormals_off(); }
@@ -1087,17 +1095,12 @@ PSA__ALWAYS_INLINE void PSA__(transpose)(float32x4_t *r)
     r[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
-static void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+PSA__ALWAYS_INLINE float32x4_t PSA__(load_as)(psa_type type, const void *p, int64_t i)
 {
-    const char *p = (const char *)src;
-    int64_t i = 0;
-    for (; type != PSA_F32 && i + 4 <= n; i += 4) {
-        uint16x4_t x;
-        memcpy(&x, p + 2 * i, sizeof x);
-        vst1q_f32(dst + i, type == PSA_F16 ? vcvt_f32_f16(vreinterpret_f16_u16(x))
-                                           : vreinterpretq_f32_u32(vshll_n_u16(x, 16)));
-    }
-    psa__to_f32(dst + i, p + (size_t)i * (type == PSA_F32 ? 4 : 2), type, n - i);
+    uint16x4_t half;
+    if (type == PSA_F32) return vld1q_f32((const float *)p + i);
+    memcpy(&half, (const char *)p + 2 * i, sizeof half);
+    return type == PSA_F16 ? vcvt_f32_f16(vreinterpret_f16_u16(half)) : vreinterpretq_f32_u32(vshll_n_u16(half, 16));
 }
 
 #ifdef _MSC_VER
@@ -1118,6 +1121,20 @@ static void PSA__(denormals_restore)(unsigned mode) { __asm__ volatile("msr fpcr
 #endif
 
 /* ---- from here on: one text for every instruction set ---- */
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(widen)(float *dst, const void *src, psa_type type, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) PSA__(store)(dst + i, PSA__(load_as)(type, src, i));
+    for (; i < n; i++) dst[i] = psa__element(type, src, i);
+}
+
+static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type, int64_t n)
+{
+    if (type == PSA_F16) PSA__(widen)(dst, src, PSA_F16, n);
+    else if (type == PSA_BF16) PSA__(widen)(dst, src, PSA_BF16, n);
+    else memcpy(dst, src, (size_t)n * sizeof *dst);
+}
 
 static PSA__TARGET void PSA__(sum)(float *dst, const float *a, const float *b, int64_t n)
 {
@@ -1318,6 +1335,117 @@ static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float 
     }
 }
 
+/* A query alone: lanes are elements of the head. */
+
+PSA__ALWAYS_INLINE void PSA__(prefetch)(const float *row, size_t ahead, int64_t size)
+{
+    for (int64_t at = 0; at < size; at += 64) PSA__PREFETCH((const char *)((uintptr_t)row + ahead + (uintptr_t)at));
+}
+
+/* q . k of W keys */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(single_dots)(psa_type type, const float *q, const float *const *k,
+                                                         int64_t d)
+{
+    PSA__V acc[PSA__W];
+    float rest[PSA__W];
+    int64_t x = 0;
+    PSA__UNROLL for (int i = 0; i < PSA__W; i++) acc[i] = PSA__(splat)(0.0f);
+    for (; x + PSA__W <= d; x += PSA__W) {
+        const PSA__V qx = PSA__(load)(q + x);
+        PSA__UNROLL for (int i = 0; i < PSA__W; i++) acc[i] = PSA__(fma)(PSA__(load_as)(type, k[i], x), qx, acc[i]);
+    }
+    PSA__(transpose)(acc);
+    PSA__UNROLL for (int i = 1; i < PSA__W; i++) acc[0] = PSA__(add)(acc[0], acc[i]);
+    if (x == d) return acc[0];
+    for (int i = 0; i < PSA__W; i++) {
+        rest[i] = 0.0f;
+        for (int64_t y = x; y < d; y++) rest[i] += q[y] * psa__element(type, k[i], y);
+    }
+    return PSA__(add)(acc[0], PSA__(load)(rest));
+}
+
+/* s = logits, padded with -inf to whole vectors. Returns their maximum. */
+PSA__ALWAYS_INLINE PSA__TARGET float PSA__(single_logits)(psa_type type, const psa__single *x)
+{
+    PSA__V most = PSA__(splat)(-INFINITY);
+    float lane[PSA__W], top = -INFINITY;
+    for (int64_t key = 0; key < x->n; key += PSA__W) {
+        PSA__V logits = PSA__(single_dots)(type, x->q, x->k + key, x->d);
+        PSA__(store)(x->s + key, x->bias ? PSA__(add)(logits, PSA__(load)(x->bias + key)) : logits);
+        for (int i = 0; i < PSA__W && x->ahead_k; i++) {
+            PSA__(prefetch)(x->k[key + i], x->ahead_k, x->d * (type == PSA_F32 ? 4 : 2));
+        }
+    }
+    for (int64_t key = x->n; key % PSA__W != 0; key++) x->s[key] = -INFINITY;
+    for (int64_t key = 0; x->first && key < x->n; key++) {
+        if (x->first[key] > x->lane) x->s[key] = -INFINITY;
+    }
+    for (int64_t key = 0; key < x->n; key += PSA__W) most = PSA__(max)(PSA__(load)(x->s + key), most);
+    PSA__(store)(lane, most);
+    for (int i = 0; i < PSA__W; i++) top = lane[i] > top ? lane[i] : top;
+    return top;
+}
+
+static PSA__TARGET void PSA__(single_softmax)(const psa__single *x, float top)
+{
+    PSA__V m, sum = PSA__(splat)(0.0f);
+    float lane[PSA__W];
+    if (top > *x->m + PSA__RESCALE) {
+        float shrink = psa__exp2(*x->m - top);
+        *x->m = top;
+        *x->l *= shrink;
+        PSA__(scale)(x->o, shrink, x->dv);
+    }
+    m = PSA__(splat)(*x->m);
+    for (int64_t key = 0; key < x->n; key += PSA__W) {
+        PSA__V p = PSA__(exp2)(PSA__(sub)(PSA__(load)(x->s + key), m));
+        PSA__(store)(x->s + key, p);
+        sum = PSA__(add)(sum, p);
+    }
+    PSA__(store)(lane, sum);
+    for (int i = 0; i < PSA__W; i++) *x->l += lane[i];
+}
+
+/* cols vectors of o from element `at` on */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(single_pv)(psa_type type, int cols, const psa__single *x, int64_t at)
+{
+    PSA__V acc[8];
+    size_t ahead = at == 0 ? x->ahead_v : 0;
+    PSA__UNROLL for (int i = 0; i < cols; i++) acc[i] = PSA__(load)(x->o + at + i * PSA__W);
+    for (int64_t key = 0; key < x->n; key++) {
+        const PSA__V p = PSA__(splat)(x->s[key]);
+        if (x->first && x->first[key] > x->lane) continue; /* 0 * Inf would be NaN */
+        PSA__UNROLL for (int i = 0; i < cols; i++) {
+            acc[i] = PSA__(fma)(PSA__(load_as)(type, x->v[key], at + i * PSA__W), p, acc[i]);
+        }
+        if (ahead) PSA__(prefetch)(x->v[key], ahead, x->dv * (type == PSA_F32 ? 4 : 2));
+    }
+    PSA__UNROLL for (int i = 0; i < cols; i++) PSA__(store)(x->o + at + i * PSA__W, acc[i]);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(single_as)(psa_type type, const psa__single *x)
+{
+    int64_t at = 0;
+    PSA__(single_softmax)(x, PSA__(single_logits)(type, x));
+    for (; at + 8 * PSA__W <= x->dv; at += 8 * PSA__W) PSA__(single_pv)(type, 8, x, at);
+    for (; at + 4 * PSA__W <= x->dv; at += 4 * PSA__W) PSA__(single_pv)(type, 4, x, at);
+    for (; at + PSA__W <= x->dv; at += PSA__W) PSA__(single_pv)(type, 1, x, at);
+    for (; at < x->dv; at++) {
+        for (int64_t key = 0; key < x->n; key++) {
+            if (!x->first || x->first[key] <= x->lane) x->o[at] += x->s[key] * psa__element(type, x->v[key], at);
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(single)(const psa__single *x)
+{
+    switch (x->type) {
+    case PSA_F16: PSA__(single_as)(PSA_F16, x); break;
+    case PSA_BF16: PSA__(single_as)(PSA_BF16, x); break;
+    default: PSA__(single_as)(PSA_F32, x); break;
+    }
+}
+
 /* A logit as scoring sees it: NaN and what the lanes below first do not see is -BIG, the rest lies within +-BIG. */
 PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(seen)(const float *s, int first)
 {
@@ -1383,8 +1511,8 @@ static const psa__leaves PSA__(leaves) = {
     "neon",
 #endif
     PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(pack), PSA__(unpack),
-    PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(block_max), PSA__(row_mass), PSA__(denormals_off),
-    PSA__(denormals_restore)};
+    PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(single), PSA__(block_max), PSA__(row_mass),
+    PSA__(denormals_off), PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -1994,14 +2122,15 @@ static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const c
     return space;
 }
 
-/* The rows at positions begin .. begin+n-1 of a head of K or V as f32 pointers: rows[n], space[n][width]. */
+/* The rows at positions begin .. begin+n-1 of a head of K or V as f32 pointers: rows[n], space[n][width]. space NULL:
+ * pointers to the rows as they are. */
 static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv,
                          int64_t begin, int64_t n, float *space, const float **rows)
 {
     const psa_order *o = &p->desc.order_k;
     const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
     const char *head = (const char *)data + psa__offset(t, b, hkv, 0);
-    int in_place = t->type == PSA_F32 && ((uintptr_t)head | t->nb[1]) % sizeof(float) == 0;
+    int in_place = !space || (t->type == PSA_F32 && ((uintptr_t)head | t->nb[1]) % sizeof(float) == 0);
     for (int64_t i = 0; i < n; i++) {
         const char *row = head + (size_t)(index ? index[i] : begin + i) * t->nb[1];
         rows[i] = in_place ? (const float *)(const void *)row : psa__row_f32(p, t, row, space + i * t->ne[0]);
@@ -2533,6 +2662,9 @@ typedef struct psa__stream {
     psa__scratch w;
     psa__tiles tiles;
     int64_t b, hkv, iq;
+    int64_t heads;           /* query heads of the block: row i is query i / heads of head i % heads */
+    int64_t singles;         /* query rows, if there are so few that each goes alone; else 0 */
+    psa_type type;           /* of K and V rows in the tile */
     int64_t n;               /* rows waiting in the tile */
     int pooled, straddles;   /* whether any of them has a bias, or is hidden from some lane */
     int64_t rows;            /* rows read so far by this query block */
@@ -2561,17 +2693,14 @@ static int psa__v_finite(const psa__stream *st)
     return 1;
 }
 
-/* All query tiles of the block against the tile of keys, which is empty afterwards. */
-static void psa__stream_flush(psa__stream *st)
+/* All query tiles of the block against the tile of keys. */
+static void psa__attend_tiles(psa__stream *st)
 {
     const psa__leaves *f = st->p->leaves;
     psa__scratch *w = &st->w;
     int64_t lane = 0, d = st->p->D, dv = st->p->Dv, n = st->n;
     int32_t first[PSA__TILE_K];
     int finite = !st->straddles || psa__v_finite(st);
-    if (n == 0) return;
-    psa__pad_pointers(w->kp, n);
-    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->bias[i] = w->bias[n - 1];
     for (int t = 0; t < st->tiles.n; t++) {
         int nv = st->tiles.nv[t];
         int64_t width = nv * f->lanes;
@@ -2584,7 +2713,46 @@ static void psa__stream_flush(psa__stream *st)
         else psa__pv_hidden(st, width, first, w->s, ot);
         lane += width;
     }
-    st->rows += n;
+}
+
+/* The same where each query row goes alone. */
+static void psa__attend_singles(psa__stream *st)
+{
+    const psa_plan *p = st->p;
+    psa__scratch *w = &st->w;
+    psa__single x;
+    memset(&x, 0, sizeof x);
+    x.type = st->type;
+    x.k = w->kp;
+    x.v = w->vp;
+    x.bias = st->pooled ? w->bias : NULL;
+    x.first = st->straddles ? w->first : NULL;
+    x.n = st->n;
+    x.d = p->D;
+    x.dv = p->Dv;
+    x.s = w->s;
+    for (int64_t i = 0; i < st->singles; i++) {
+        x.q = w->qt + i * p->D;
+        x.lane = i;
+        x.ahead_k = i == 0 ? PSA__TILE_K * p->k.nb[1] : 0;
+        x.ahead_v = i == 0 ? PSA__TILE_K * p->v.nb[1] : 0;
+        x.m = w->m + i;
+        x.l = w->l + i;
+        x.o = w->ot + i * p->Dv;
+        p->leaves->single(&x);
+    }
+}
+
+/* Attends to the tile of keys, which is empty afterwards. */
+static void psa__stream_flush(psa__stream *st)
+{
+    psa__scratch *w = &st->w;
+    if (st->n == 0) return;
+    psa__pad_pointers(w->kp, st->n);
+    for (int64_t i = st->n; i < st->n + PSA__PAD_K; i++) w->bias[i] = w->bias[st->n - 1];
+    if (st->singles) psa__attend_singles(st);
+    else psa__attend_tiles(st);
+    st->rows += st->n;
     st->n = 0;
     st->pooled = st->straddles = 0;
 }
@@ -2596,19 +2764,20 @@ static void psa__stream_advance(psa__stream *st, int64_t n)
     if (st->n == PSA__TILE_K) psa__stream_flush(st);
 }
 
-/* The tokens of block jk themselves. Lane i stands for query token `token + i`. */
+/* The tokens of block jk themselves. Lane i stands for query token `token + i / heads`. */
 static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int straddles)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
     int64_t at = jk * p->desc.block_k, end = at + psa__block_k_rows(p, jk);
+    float *k = st->type == PSA_F32 ? w->k : NULL, *v = k ? w->v : NULL; /* where rows are converted to */
     while (at < end) {
         int64_t n = psa__min(end - at, PSA__TILE_K - st->n), to = st->n;
-        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, at, n, w->k + to * p->D, w->kp + to);
-        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, at, n, w->v + to * p->Dv, w->vp + to);
+        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, at, n, k ? k + to * p->D : NULL, w->kp + to);
+        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, at, n, v ? v + to * p->Dv : NULL, w->vp + to);
         for (int64_t i = 0; i < n; i++) {
             w->bias[to + i] = 0.0f;
-            w->first[to + i] = straddles ? (int32_t)psa__max(psa__min(at + i - token, INT16_MAX), 0) : 0;
+            w->first[to + i] = straddles ? (int32_t)psa__max(psa__min((at + i - token) * st->heads, INT16_MAX), 0) : 0;
         }
         st->straddles |= straddles;
         psa__stream_advance(st, n);
@@ -2653,41 +2822,66 @@ static void psa__stream_blocks(psa__stream *st, const uint8_t *level)
     psa__stream_flush(st);
 }
 
-/* Divides by the softmax denominators and writes out and lse. */
-static void psa__attend_finish(psa__stream *st, void *out, float *lse, int64_t h)
+/* Output rows, divided by the softmax denominators, to w.rows; 1 / denominator is in w.l. */
+static void psa__unpack_rows(psa__stream *st)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
-    int64_t n = psa__block_q_rows(p, st->iq), lane = 0, first = st->iq * p->desc.block_q;
-    for (int t = 0; t < st->tiles.n; t++) {
-        int64_t next = lane + st->tiles.nv[t] * p->leaves->lanes;
-        for (int64_t i = lane; i < next; i++) {
-            float l = w->l[i];
-            w->m[i] = l == 0.0f ? -INFINITY : (float)((w->m[i] + log2f(l)) * PSA__LN2);
-            w->l[i] = l == 0.0f ? 0.0f : 1.0f / l;
-        }
-        p->leaves->unpack(st->tiles.nv[t], w->rows + lane * p->Dv, w->ot + lane * p->Dv, p->Dv, w->l + lane);
-        lane = next;
+    int64_t lane = 0;
+    for (int64_t i = 0; i < st->singles; i++) {
+        memcpy(w->rows + i * p->Dv, w->ot + i * p->Dv, (size_t)p->Dv * sizeof(float));
+        p->leaves->scale(w->rows + i * p->Dv, w->l[i], p->Dv);
     }
-    for (int64_t i = 0; i < n; i++) {
-        int64_t token = psa__token_at(&p->desc.order_q, st->b, h, first + i);
-        char *row = (char *)out + psa__offset(&p->out, st->b, h, token);
-        p->leaves->from_f32(row, p->out.type, w->rows + i * p->Dv, p->Dv);
-        if (lse) lse[(st->b * p->Hq + h) * p->Nq + token] = w->m[i];
+    for (int t = 0; t < st->tiles.n; t++) {
+        p->leaves->unpack(st->tiles.nv[t], w->rows + lane * p->Dv, w->ot + lane * p->Dv, p->Dv, w->l + lane);
+        lane += st->tiles.nv[t] * p->leaves->lanes;
     }
 }
 
-/* One query block of one head. */
+/* Writes out and lse of head h and those after it that belong to the block. */
+static void psa__attend_finish(psa__stream *st, int64_t n, int64_t lanes, int64_t h, void *out, float *lse)
+{
+    const psa_plan *p = st->p;
+    psa__scratch *w = &st->w;
+    for (int64_t i = 0; i < lanes; i++) {
+        float l = w->l[i];
+        w->m[i] = l == 0.0f ? -INFINITY : (float)((w->m[i] + log2f(l)) * PSA__LN2);
+        w->l[i] = l == 0.0f ? 0.0f : 1.0f / l;
+    }
+    psa__unpack_rows(st);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t head = h + i % st->heads;
+        int64_t token = psa__token_at(&p->desc.order_q, st->b, head, st->iq * p->desc.block_q + i / st->heads);
+        char *row = (char *)out + psa__offset(&p->out, st->b, head, token);
+        p->leaves->from_f32(row, p->out.type, w->rows + i * p->Dv, p->Dv);
+        if (lse) lse[(st->b * p->Hq + head) * p->Nq + token] = w->m[i];
+    }
+}
+
+/* The first n of the scratch's query rows, scaled, to w.qt, in tiles or one by one. Returns the lanes they take. */
+static int64_t psa__place_queries(psa__stream *st, int64_t n)
+{
+    const psa_plan *p = st->p;
+    float scale = (float)(p->desc.scale * PSA__LOG2E);
+    st->singles = n <= PSA__SINGLES ? n : 0;
+    st->tiles = psa__tiles_of(p->leaves, n - st->singles);
+    if (!st->singles) return psa__pack_queries(p, &st->w, &st->tiles, n, p->D, scale);
+    memcpy(st->w.qt, st->w.rows, (size_t)(n * p->D) * sizeof(float));
+    p->leaves->scale(st->w.qt, scale, n * p->D);
+    return n;
+}
+
+/* One query block of st->heads heads from h on. */
 static void psa__attend_block(psa__stream *st, const void *q, const uint8_t *level, int64_t h, void *out, float *lse)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
-    int64_t n = psa__block_q_rows(p, st->iq), lanes;
+    int64_t n = psa__block_q_rows(p, st->iq) * st->heads, lanes;
     for (int64_t i = 0; i < n; i++) {
-        psa__load_query(p, q, st->b, h, st->iq * p->desc.block_q + i, w->rows + i * p->D);
+        psa__load_query(p, q, st->b, h + i % st->heads, st->iq * p->desc.block_q + i / st->heads, w->rows + i * p->D);
     }
-    st->tiles = psa__tiles_of(p->leaves, n);
-    lanes = psa__pack_queries(p, w, &st->tiles, n, p->D, (float)(p->desc.scale * PSA__LOG2E));
+    lanes = psa__place_queries(st, n);
+    st->type = st->singles && !level ? p->k.type : PSA_F32; /* single queries convert as they read */
     for (int64_t i = 0; i < lanes; i++) {
         w->m[i] = PSA__LOWEST;
         w->l[i] = 0.0f;
@@ -2696,7 +2890,15 @@ static void psa__attend_block(psa__stream *st, const void *q, const uint8_t *lev
     st->n = st->rows = 0;
     st->pooled = st->straddles = 0;
     psa__stream_blocks(st, level);
-    psa__attend_finish(st, out, lse, h);
+    psa__attend_finish(st, n, lanes, h, out, lse);
+}
+
+/* Query heads that go together, so that K and V are read once for all of them: those of a KV head if their rows fit
+ * into one query block and read the same, else each alone. */
+static int64_t psa__heads_together(const psa_plan *p, const uint8_t *levels)
+{
+    int64_t group = p->Hq / p->Hkv;
+    return !levels && p->Nq <= p->desc.block_q / group ? group : 1;
 }
 
 /* Rows of K/V that each level of a whole block reads; -1 for levels the plan does not have. */
@@ -2725,7 +2927,7 @@ static int64_t psa__block_cost(const psa_plan *p, const int rows[256], const uin
 static psa_result psa__attend_share(const psa_plan *p, const uint8_t *levels, int ith, int nth, int64_t *begin,
                                     int64_t *end)
 {
-    int64_t tasks = p->B * p->Hq * p->nq, total = 0, done = 0;
+    int64_t tasks = p->B * p->Hq / psa__heads_together(p, levels) * p->nq, total = 0, done = 0;
     int rows[256];
     psa__rows_of_levels(p, rows);
     for (int64_t task = 0; task < tasks; task++) {
@@ -2753,7 +2955,7 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
                                void *work, void *out, float *lse, int ith, int nth)
 {
     psa_result r = psa__check_stage(plan, work, ith, nth);
-    int64_t begin = 0, end = 0;
+    int64_t begin = 0, end = 0, *rows;
     unsigned mode;
     psa__stream st;
     if (r != PSA_OK) return r;
@@ -2768,14 +2970,16 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
     st.v = v;
     st.base = psa__align(work);
     st.w = psa__scratch_of(plan, work, ith);
+    rows = (int64_t *)(void *)(psa__align(work) + plan->at_rows);
     mode = plan->leaves->denormals_off();
+    st.heads = psa__heads_together(plan, levels);
     for (int64_t task = begin; task < end; task++) {
-        int64_t head = task / plan->nq, h = head % plan->Hq;
+        int64_t head = task / plan->nq * st.heads, h = head % plan->Hq;
         st.iq = task % plan->nq;
         st.b = head / plan->Hq;
         st.hkv = h / (plan->Hq / plan->Hkv);
         psa__attend_block(&st, q, levels ? levels + task * plan->nk : NULL, h, out, lse);
-        ((int64_t *)(void *)(psa__align(work) + plan->at_rows))[task] = st.rows;
+        for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * plan->nq + st.iq] = st.rows;
     }
     plan->leaves->denormals_restore(mode);
     return PSA_OK;
@@ -3268,6 +3472,118 @@ static void psa__call_attend(void *ctx, int ith, int nth)
     psa_attend(c->plan, c->q, c->k, c->v, c->levels, c->work, c->out, c->lse, ith, nth);
 }
 
+/* ---- few queries: the keys are split ---- */
+
+/* Parts of the keys for a dense call whose queries alone are too few tasks, or 1. It does not depend on the number of
+ * threads, so that the results do not either. */
+static int64_t psa__key_parts(const psa_plan *p)
+{
+    enum { TASKS = 64, FEWEST_KEYS = 1024 };
+    int64_t tasks = p->B * p->Hq / psa__heads_together(p, NULL);
+    if (p->desc.mask != PSA_MASK_DENSE || p->nq > 1 || tasks >= TASKS) return 1;
+    return psa__max(psa__min(TASKS / tasks, (p->Nk - p->Nq) / FEWEST_KEYS), 1);
+}
+
+/* Attention over each part of the keys by itself, then the merge. */
+typedef struct psa__split {
+    const psa__call *call;
+    psa_plan plan[2];        /* of a part, and of the last one, which holds what is left and the causal diagonal */
+    int64_t parts, keys;     /* keys of a part */
+    int64_t tasks;           /* independent query blocks of a part */
+    psa_tensor out;          /* f32, of a part */
+    char *memory;            /* per part: out, lse, workspace */
+    size_t at_lse, at_work, size;
+} psa__split;
+
+static psa_result psa__split_init(psa__split *s, const psa__call *c, int64_t parts)
+{
+    const psa_plan *p = c->plan;
+    psa_desc desc = p->desc;
+    size_t rows = (size_t)(p->B * p->Hq * p->Nq), work = 0;
+    memset(s, 0, sizeof *s);
+    s->call = c;
+    s->parts = parts;
+    s->keys = (p->Nk - p->Nq) / parts;
+    s->tasks = p->B * p->Hq / psa__heads_together(p, NULL);
+    s->out = psa_tensor_4d(NULL, PSA_F32, p->Dv, p->Nq, p->Hq, p->B);
+    desc.n_threads = (int)s->tasks;
+    desc.order_k.index = NULL; /* the order of the keys makes no difference */
+    for (int i = 0; i < 2; i++) {
+        psa_tensor k = p->k, v = p->v;
+        psa_result r;
+        k.ne[1] = v.ne[1] = i ? p->Nk - (parts - 1) * s->keys : s->keys;
+        desc.causal = i && p->desc.causal;
+        if ((r = psa_plan_init(&s->plan[i], &desc, &p->q, &k, &v, &s->out)) != PSA_OK) return r;
+        if (s->plan[i].work_size > work) work = s->plan[i].work_size;
+    }
+    psa__take(&s->size, psa__mul(rows, (size_t)p->Dv), sizeof(float));
+    s->at_lse = psa__take(&s->size, rows, sizeof(float));
+    s->at_work = psa__take(&s->size, work, 1);
+    return PSA_OK;
+}
+
+static void psa__split_attend(void *ctx, int ith, int nth)
+{
+    psa__split *s = (psa__split *)ctx;
+    const psa__call *c = s->call;
+    int64_t begin, end;
+    psa__share(s->parts * s->tasks, ith, nth, &begin, &end);
+    for (int64_t i = begin; i < end; i++) {
+        int64_t part = i / s->tasks;
+        char *at = s->memory + (size_t)part * s->size;
+        size_t k = (size_t)(part * s->keys) * c->plan->k.nb[1], v = (size_t)(part * s->keys) * c->plan->v.nb[1];
+        psa_attend(&s->plan[part == s->parts - 1], c->q, (const char *)c->k + k, (const char *)c->v + v, NULL,
+                   at + s->at_work, at, (float *)(void *)(at + s->at_lse), (int)(i % s->tasks), (int)s->tasks);
+    }
+}
+
+static void psa__split_merge(void *ctx, int ith, int nth)
+{
+    psa__split *s = (psa__split *)ctx;
+    const psa__call *c = s->call;
+    const psa_plan *p = c->plan;
+    float *lse = (float *)(void *)(s->memory + s->at_lse);
+    int64_t begin, end;
+    psa__share(p->B * p->Hq * p->Nq, ith, nth, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        size_t at = (size_t)(row * p->Dv) * sizeof(float), head = (size_t)(row / p->Nq);
+        char *to = (char *)c->out + psa__offset(&p->out, (int64_t)head / p->Hq, (int64_t)head % p->Hq, row % p->Nq);
+        for (int64_t part = 1; part < s->parts; part++) {
+            const char *from = s->memory + (size_t)part * s->size;
+            psa__merge_row(&s->out, s->memory + at, lse + row, &s->out, from + at,
+                           ((const float *)(const void *)(from + s->at_lse))[row]);
+        }
+        psa__from_f32(to, p->out.type, (const float *)(const void *)(s->memory + at), p->Dv);
+        if (c->lse) c->lse[row] = lse[row];
+    }
+}
+
+/* A dense call in parts. What was done is added to *mul_adds. */
+static psa_result psa__call_split(const psa__call *c, int64_t parts, const psa_desc *desc, psa_alloc_fn *alloc_fn,
+                                  psa_free_fn *free_fn, int64_t *mul_adds)
+{
+    psa__split s;
+    size_t size;
+    void *memory;
+    psa_result r = psa__split_init(&s, c, parts);
+    if (r != PSA_OK) return r;
+    size = psa__add(psa__mul(s.size, (size_t)parts), 63);
+    memory = size < SIZE_MAX / 2 ? alloc_fn(desc->alloc_user, size) : NULL;
+    if (!memory) {
+        return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace", (unsigned long long)size);
+    }
+    s.memory = psa__align(memory);
+    psa__parallel(c->plan, psa__split_attend, &s);
+    psa__parallel(c->plan, psa__split_merge, &s);
+    for (int64_t part = 0; part < parts; part++) {
+        *mul_adds += psa_mul_adds(&s.plan[part == parts - 1], s.memory + (size_t)part * s.size + s.at_work);
+    }
+    free_fn(desc->alloc_user, memory);
+    return PSA_OK;
+}
+
+/* ---- memory ---- */
+
 static void *psa__default_alloc(void *user, size_t size)
 {
     (void)user;
@@ -3296,6 +3612,7 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
     psa__call c;
     psa_plan plan;
     psa_result r;
+    int64_t parts, mul_adds = 0;
     int dense;
     if (!v || !out) return psa__fail(desc, PSA_ERR_NULL, "v and out must not be NULL");
     if ((r = psa_plan_init(&plan, desc, q, k, v, out)) != PSA_OK) return r;
@@ -3313,6 +3630,12 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
         c.levels = extra->levels;
         if (extra->levels_given && !c.levels) return psa__fail(desc, PSA_ERR_NULL, "levels_given without levels");
         if (extra->levels_given && (r = psa__check_levels(&plan, c.levels)) != PSA_OK) return r;
+    }
+    if (!c.levels && (parts = psa__key_parts(&plan)) > 1) {
+        if ((r = psa__call_split(&c, parts, desc, alloc_fn, free_fn, &mul_adds)) != PSA_OK || !extra) return r;
+        psa_stats_from_levels(&plan, NULL, -1, -1, &extra->stats);
+        extra->stats.mul_adds = mul_adds;
+        return PSA_OK;
     }
     c.work = alloc_fn(desc->alloc_user, plan.work_size);
     if (c.work && !c.levels && !dense) {

@@ -596,6 +596,43 @@ static void one_call_levels_given(void) {
     }
 }
 
+/* Few queries against many keys in one dense call: heads go together, keys are split, any threads give the same bits. */
+static void one_call_decode(void) {
+    for (int r = 0; r < test_rounds(60); r++) {
+        rnd_round(r);
+        setup s;
+        psa_extra extra;
+        psa_stats want;
+        shape x = shape_random();
+        psa_desc desc = desc_random_blocks(&x);
+        x.Nq = rnd_int(1, 12), x.Nk = rnd_chance(70) ? rnd_int(1, 5000) : rnd_int(1, 100);
+        x.Hq = x.Hkv * rnd_int(1, 8);
+        desc.mask = PSA_MASK_DENSE;
+        if (!setup_init(&s, &desc, &x))
+            continue;
+        run_mask(&s, 1);
+        oracle_stats(&s.o, setup_levels(&s), -1, -1, &want);
+        memset(&extra, 0, sizeof extra);
+        extra.lse = setup_lse(&s);
+        s.desc.n_threads = 1;
+        CHECK_RESULT(psa_attention(&s.desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t, &extra), PSA_OK);
+        CHECK_ATTENTION(&s, NULL);
+        check_stats(&extra.stats, &want);
+        double *out = tensor_values(&s.out.t), *lse = doubles_of(setup_lse(&s), s.lse.size / sizeof(float));
+        setup_poison_outputs(&s);
+        s.desc.n_threads = rnd_int(2, 9);
+        CHECK_RESULT(psa_attention(&s.desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t, &extra), PSA_OK);
+        double *got = tensor_values(&s.out.t), *got_lse = doubles_of(setup_lse(&s), s.lse.size / sizeof(float));
+        CHECK(!memcmp(out, got, (size_t)tensor_count(&s.out.t) * sizeof *out), "out differs with %d threads",
+              s.desc.n_threads);
+        CHECK(!memcmp(lse, got_lse, s.lse.size / sizeof(float) * sizeof *lse), "lse differs with %d threads",
+              s.desc.n_threads);
+        CHECK_GUARDS(&s);
+        free(out), free(lse), free(got), free(got_lse);
+        setup_free(&s);
+    }
+}
+
 /* A zeroed desc works, and does what its defaults say. */
 static void one_call_zero_desc(void) {
     setup s;
@@ -657,6 +694,7 @@ const test_case tests_attend[] = {
     {"attend/stats", attend_stats},
     {"merge/slices", merge_slices},
     {"merge/types", merge_types},
+    {"one_call/decode", one_call_decode},
     {"one_call/equals_stages", one_call_random},
     {"one_call/broadcast", one_call_broadcast},
     {"one_call/levels_given", one_call_levels_given},
