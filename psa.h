@@ -69,7 +69,9 @@
  *                   block's end are left out. Costs sample_q * sample_k / 2 of dense attention.
  *     ANTIDIAGONAL  XAttention: groups of `stride` queries, reversed, against groups of keys; S = softmax mass. Costs
  *                   1/(2 stride) of dense attention.
- *     POOLED        block mean against block mean, softmax over the row. Costs next to nothing.
+ *     POOLED        means of score_group_q queries against means of score_group_k keys: softmax mass, the logits as in
+ *                   attention. With whole blocks for groups (the default) a mean against a mean, without ln c. Costs
+ *                   1/(score_group_q * score_group_k) of dense attention.
  *     EXACT         the true softmax mass. Costs half of dense attention and nk * block_q floats a thread.
  *
  *     NaN among sampled logits is ignored; a row without any mass is uniform.
@@ -176,7 +178,7 @@ extern "C" {
     X(PSA_ERR_OVERFLOW, "a size does not fit into size_t, or N into 31 bits")                                          \
     X(PSA_ERR_BLOCK, "blocks: block_q must be 16 to 256, block_k 16, 32, 64 or 128")                                   \
     X(PSA_ERR_SCALE, "scale must be finite")                                                                           \
-    X(PSA_ERR_SCORE, "score: unknown kind, sample share outside (0,1], or a stride that does not divide both blocks")  \
+    X(PSA_ERR_SCORE, "score: unknown kind, sample share outside (0,1], or a stride or group that does not fit blocks") \
     X(PSA_ERR_MASK, "mask: unknown kind, or level_count with another kind than top-k")                                 \
     X(PSA_ERR_LEVELS, "level_end must rise within [0,1], level_count must not be negative, no level above block_k")    \
     X(PSA_ERR_LEVEL_MAP, "level map: an entry is neither 0 nor a power of two up to block_k that the plan can read")   \
@@ -211,7 +213,7 @@ typedef enum psa_isa {
 typedef enum psa_score_kind {
     PSA_SCORE_SAMPLE = 0,   /* sampled queries against sampled keys, maximum of exp(logit - row maximum) */
     PSA_SCORE_ANTIDIAGONAL, /* strided antidiagonal sums, as in XAttention (arXiv 2503.16428) */
-    PSA_SCORE_POOLED,       /* block means against block means */
+    PSA_SCORE_POOLED,       /* means of groups of queries against pooled keys */
     PSA_SCORE_EXACT         /* true softmax mass, costs as much as attention: tests, calibration, pictures */
 } psa_score_kind;
 
@@ -276,6 +278,8 @@ typedef struct psa_desc {
     int score_norm;          /* SAMPLE: also divide by the row's softmax denominator, as in the paper */
     int score_mean;          /* SAMPLE: mean instead of maximum over the sampled pairs (the paper's ablation) */
     int stride;              /* ANTIDIAGONAL: tokens in a group, divides block_q and block_k; 0: 8 */
+    int score_group_q;       /* POOLED: queries in a group, divides block_q; 0: block_q */
+    int score_group_k;       /* POOLED: keys in a group, a power of two up to block_k; 0: block_k */
 
     psa_mask_kind mask;
     double level_end[PSA_MAX_LEVELS]; /* cumulative end of levels 1, 2, 4, ...; entries after the last non-zero one are
@@ -1822,6 +1826,13 @@ static psa_result psa__plan_score(psa_plan *p)
         return psa__fail(d, PSA_ERR_SCORE, "stride %d does not divide block_q %d and block_k %d", d->stride, d->block_q,
                          d->block_k);
     }
+    if (d->score_group_q == 0) d->score_group_q = d->block_q;
+    if (d->score_group_k == 0) d->score_group_k = d->block_k;
+    if (d->score_group_q < 1 || d->block_q % d->score_group_q != 0 || d->score_group_k < 1 ||
+        d->block_k % d->score_group_k != 0) {
+        return psa__fail(d, PSA_ERR_SCORE, "groups of %d queries and %d keys do not divide block_q %d and block_k %d",
+                         d->score_group_q, d->score_group_k, d->block_q, d->block_k);
+    }
     p->n_sample_q = psa__sample_count(d->sample_q, d->block_q);
     p->n_sample_k = psa__sample_count(d->sample_k, d->block_k);
     psa__draw_offsets(psa__random(d->seed, 0), d->block_q, p->n_sample_q, p->sample_q);
@@ -1956,7 +1967,7 @@ static int64_t psa__score_lanes(const psa_plan *p)
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE: return psa__pad_lanes(p->n_sample_q);
     case PSA_SCORE_ANTIDIAGONAL: return psa__pad_lanes(p->desc.block_q / p->desc.stride);
-    case PSA_SCORE_POOLED: return psa__pad_lanes(1);
+    case PSA_SCORE_POOLED: return psa__pad_lanes(p->desc.block_q / p->desc.score_group_q);
     case PSA_SCORE_EXACT: break;
     }
     return psa__pad_lanes(p->desc.block_q);
@@ -2318,6 +2329,18 @@ static void psa__load_query(const psa_plan *p, const void *q, int64_t b, int64_t
     p->leaves->to_f32(to, psa__row(&p->q, &p->desc.order_q, q, b, h, i), p->q.type, p->D);
 }
 
+/* mean = mean of the n queries at positions first, first + 1, ... ; space[D]. */
+static void psa__mean_query(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t first, int64_t n,
+                            float *mean, float *space)
+{
+    memset(mean, 0, (size_t)p->D * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        psa__load_query(p, q, b, h, first + i, space);
+        p->leaves->sum(mean, mean, space, p->D);
+    }
+    p->leaves->scale(mean, 1.0f / (float)n, p->D);
+}
+
 /* The query vectors that score block iq go to w->rows, the token each stands for to w->lane_token. Returns their
  * number. ANTIDIAGONAL: vectors are groups of stride tokens, reversed, side by side; missing tokens are zero. */
 static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t iq, psa__scratch *w)
@@ -2344,14 +2367,12 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
         }
         return lanes;
     case PSA_SCORE_POOLED:
-        memset(w->rows, 0, (size_t)d * sizeof(float));
-        for (int64_t i = 0; i < n; i++) {
-            psa__load_query(p, q, b, h, first + i, w->rows + d);
-            p->leaves->sum(w->rows, w->rows, w->rows + d, d);
+        for (int64_t g = 0; g < n; g += p->desc.score_group_q) {
+            int64_t size = psa__min(p->desc.score_group_q, n - g);
+            psa__mean_query(p, q, b, h, first + g, size, w->rows + lanes * d, w->k);
+            w->lane_token[lanes++] = psa__query_token(p, first + g + size - 1);
         }
-        p->leaves->scale(w->rows, 1.0f / (float)n, d);
-        w->lane_token[0] = psa__query_token(p, first + n - 1);
-        return 1;
+        return lanes;
     case PSA_SCORE_EXACT: break;
     }
     for (int64_t i = 0; i < n; i++) {
@@ -2361,20 +2382,21 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
     return n;
 }
 
-/* The key vectors of block jk go to w->kp, padded; the first token that each needs to be seen to token[]. Returns their
- * number. */
+/* The key vectors of block jk go to w->kp from `at` on, their biases to w->bias; the first token that each needs to be
+ * seen to token[]. Returns their number. */
 static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
-                               psa__scratch *w, int64_t *token)
+                               int64_t at, psa__scratch *w, int64_t *token)
 {
-    int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk), d = p->D, keys = 0;
+    int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk), d = p->D, keys = 0, row;
     const psa_order *o = &p->desc.order_k;
+    const float **kp = w->kp + at;
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE:
         for (int64_t i = 0; i < p->n_sample_k; i++) {
-            int64_t at = psa__sample(p->sample_k, i, n);
-            if (at < 0) break;
-            w->kp[keys] = psa__row_f32(p, &p->k, psa__row(&p->k, o, k, b, hkv, first + at), w->k + keys * d);
-            token[keys++] = first + at;
+            int64_t offset = psa__sample(p->sample_k, i, n);
+            if (offset < 0) break;
+            kp[keys] = psa__row_f32(p, &p->k, psa__row(&p->k, o, k, b, hkv, first + offset), w->k + (at + keys) * d);
+            token[keys++] = first + offset;
         }
         return keys;
     case PSA_SCORE_ANTIDIAGONAL:
@@ -2384,20 +2406,39 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
                 if (g + i >= n) memset(to + i * d, 0, (size_t)d * sizeof(float));
                 else p->leaves->to_f32(to + i * d, psa__row(&p->k, o, k, b, hkv, first + g + i), p->k.type, d);
             }
-            w->kp[keys] = to;
+            kp[keys] = to;
             token[keys++] = first + g;
         }
         return keys;
     case PSA_SCORE_POOLED:
-        w->kp[0] = (const float *)(const void *)(base + p->at_pooled_k) +
-                   psa__pooled_row(p, b, hkv, jk, p->n_levels - 1) * d;
-        token[0] = first;
-        return 1;
+        if (p->desc.score_group_k == 1) break;
+        row = psa__pooled_row(p, b, hkv, jk, psa__log2(p->desc.score_group_k));
+        for (int64_t g = 0; g < n; g += p->desc.score_group_k, row++) {
+            kp[keys] = (const float *)(const void *)(base + p->at_pooled_k) + row * d;
+            w->bias[at + keys] = ((const float *)(const void *)(base + p->at_bias))[row];
+            token[keys++] = first + g;
+        }
+        return keys;
     case PSA_SCORE_EXACT: break;
     }
-    psa__kv_rows(p, &p->k, k, b, hkv, first, n, w->k, w->kp);
-    for (int64_t i = 0; i < n; i++) token[i] = first + i;
+    psa__kv_rows(p, &p->k, k, b, hkv, first, n, w->k + at * d, kp);
+    for (int64_t i = 0; i < n; i++) {
+        w->bias[at + i] = 0.0f;
+        token[i] = first + i;
+    }
     return n;
+}
+
+/* Blocks whose keys are scored together: as many as fill a tile. Antidiagonal keys are a block long. */
+static int64_t psa__score_batch(const psa_plan *p)
+{
+    switch (p->desc.score) {
+    case PSA_SCORE_SAMPLE: return psa__max(PSA__TILE_K / p->n_sample_k, 1);
+    case PSA_SCORE_POOLED: return psa__max(PSA__TILE_K / (p->desc.block_k / p->desc.score_group_k), 1);
+    case PSA_SCORE_ANTIDIAGONAL:
+    case PSA_SCORE_EXACT: break;
+    }
+    return 1;
 }
 
 /* first[i] = number of lanes that do not see key i, and the number of (lane, key) pairs that are seen. */
@@ -2418,25 +2459,38 @@ static void psa__pad_pointers(const float **rows, int64_t n)
     for (int64_t i = n; i < n + PSA__PAD_K; i++) rows[i] = rows[n - 1];
 }
 
-/* Maximum, and sum if wanted, of block jk for every lane: row jk of w->bm and w->bs. Returns the pairs seen. */
-static int64_t psa__score_block(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
-                                const psa__tiles *tiles, int64_t lanes, int64_t padded, int sums, int straddles,
-                                psa__scratch *w)
+/* Maximum, and sum if wanted, of every lane over each of n blocks from jk on: their rows of w->bm and w->bs; the pairs
+ * seen to w->rank[0]. */
+static void psa__score_blocks(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
+                              int64_t n, int64_t whole, const psa__tiles *tiles, int64_t lanes, int64_t padded,
+                              int sums, psa__scratch *w)
 {
-    int64_t token[PSA_MAX_BLOCK_K], lane = 0, d = p->D;
-    int64_t keys = psa__score_keys(p, k, base, b, hkv, jk, w, token), pairs = lanes * keys;
+    int64_t token[PSA_MAX_BLOCK_K], start[PSA__TILE_K + 1], lane = 0, d = p->D, keys = 0;
+    int biased = p->desc.score == PSA_SCORE_POOLED && p->desc.score_group_k < p->desc.block_k;
     if (p->desc.score == PSA_SCORE_ANTIDIAGONAL) d *= p->desc.stride;
-    psa__pad_pointers(w->kp, keys);
-    if (straddles) pairs = psa__score_visible(w, lanes, token, keys, w->first);
-    for (int t = 0; t < tiles->n; t++) {
-        int32_t first[PSA_MAX_BLOCK_K];
-        float *bm = w->bm + jk * padded + lane, *bs = sums ? w->bs + jk * padded + lane : NULL;
-        for (int64_t i = 0; straddles && i < keys; i++) first[i] = w->first[i] - (int32_t)lane;
-        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, NULL, w->s, w->top);
-        p->leaves->block_max(tiles->nv[t], w->s, keys, straddles ? first : NULL, bm, bs);
-        lane += tiles->nv[t] * p->leaves->lanes;
+    for (int64_t i = 0; i < n; i++) {
+        start[i] = keys;
+        keys += psa__score_keys(p, k, base, b, hkv, jk + i, keys, w, token + keys);
+        w->rank[0][jk + i] = (uint32_t)(lanes * (keys - start[i]));
+        if (jk + i < whole) continue;
+        w->rank[0][jk + i] = (uint32_t)psa__score_visible(w, lanes, token + start[i], keys - start[i],
+                                                          w->first + start[i]);
     }
-    return pairs;
+    start[n] = keys;
+    psa__pad_pointers(w->kp, keys);
+    for (int64_t i = keys; biased && i < keys + PSA__PAD_K; i++) w->bias[i] = w->bias[keys - 1];
+    for (int t = 0; t < tiles->n; t++) {
+        int64_t width = tiles->nv[t] * p->leaves->lanes;
+        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, biased ? w->bias : NULL, w->s, w->top);
+        for (int64_t i = 0; i < n; i++) {
+            int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
+            int32_t first[PSA_MAX_BLOCK_K];
+            for (int64_t x = 0; jk + i >= whole && x < m; x++) first[x] = w->first[from + x] - (int32_t)lane;
+            p->leaves->block_max(tiles->nv[t], w->s + from * width, m, jk + i >= whole ? first : NULL, w->bm + row,
+                                 sums ? w->bs + row : NULL);
+        }
+        lane += width;
+    }
 }
 
 /* Scales a row to sum 1; a row without mass becomes uniform. */
@@ -2463,9 +2517,9 @@ static void psa__score_row(const psa_plan *p, const void *q, const void *k, cons
         scale /= (float)desc->stride;
     }
     padded = psa__pack_queries(p, w, &tiles, lanes, d, scale);
-    for (int64_t jk = 0; jk < n; jk++) {
-        int64_t pairs = psa__score_block(p, k, base, b, hkv, jk, &tiles, lanes, padded, sums, jk >= whole, w);
-        w->rank[0][jk] = (uint32_t)pairs;
+    for (int64_t jk = 0, batch = psa__score_batch(p); jk < n; jk += batch) {
+        int64_t blocks = psa__min(batch, n - jk);
+        psa__score_blocks(p, k, base, b, hkv, jk, blocks, whole, &tiles, lanes, padded, sums, w);
     }
     p->leaves->row_mass(padded, lanes, n, w->bm, sums ? w->bs : NULL, use_max, norm, w->m, w->l, row);
     for (int64_t jk = 0; sample && !use_max && jk < n; jk++) row[jk] /= (float)psa__max(w->rank[0][jk], 1);

@@ -301,21 +301,34 @@ static void mean_rows(const double *x, range r, int64_t D, double *mean) {
     }
 }
 
+/* Means of groups; ln c where a group is less than a block. A key group is seen from its first token on. */
 void oracle_score_pooled(const oracle *o, double *scores) {
-    double q[PSA_MAX_D], k[PSA_MAX_D];
-    for (int64_t row = 0; row < o->B * o->Hq * o->nq; row++) {
-        int64_t I = row % o->nq, h = row / o->nq % o->Hq, b = row / o->nq / o->Hq;
-        double *s = scores + row * o->nk, top = -INFINITY;
-        mean_rows(q_row(o, b, h, 0), rows_of(o, I), o->D, q);
-        for (int64_t J = 0; J < o->nk; J++) {
-            mean_rows(k_row(o, b, h, 0), keys_of(o, J), o->D, k);
-            s[J] = oracle_pair(o, I, J) == HIDDEN ? -INFINITY : o->scale * dot(q, k, o->D);
-            top = fmax(top, s[J]);
-        }
-        for (int64_t J = 0; J < o->nk; J++)
-            s[J] = s[J] == -INFINITY ? 0 : exp(s[J] - top);
-    }
+    int64_t gq = o->desc.score_group_q ? o->desc.score_group_q : o->desc.block_q;
+    int64_t gk = o->desc.score_group_k ? o->desc.score_group_k : o->desc.block_k;
+    double q[PSA_MAX_D], k[PSA_MAX_D], *p = zeros(o->Nk);
+    memset(scores, 0, (size_t)oracle_map_size(o) * sizeof *scores);
+    for (int64_t head = 0; head < o->B * o->Hq; head++)
+        for (int64_t I = 0; I < o->nq; I++)
+            for (int64_t first = rows_of(o, I).begin; first < rows_of(o, I).end; first += gq) {
+                range rows = {first, first + gq < rows_of(o, I).end ? first + gq : rows_of(o, I).end};
+                int64_t h = head % o->Hq, b = head / o->Hq;
+                double top = -INFINITY, sum = 0;
+                mean_rows(q_row(o, b, h, 0), rows, o->D, q);
+                for (int64_t j = 0; j < o->Nk; j += gk) {
+                    range keys = {j, j + gk < o->Nk ? j + gk : o->Nk};
+                    mean_rows(k_row(o, b, h, 0), keys, o->D, k);
+                    p[j] = o->scale * dot(q, k, o->D) + (gk < o->desc.block_k ? log((double)(keys.end - j)) : 0);
+                    p[j] = sees(o, rows.end - 1, j) ? p[j] : -INFINITY;
+                    top = fmax(top, p[j]);
+                }
+                for (int64_t j = 0; j < o->Nk; j += gk)
+                    sum += p[j] == -INFINITY ? 0 : exp(p[j] - top);
+                for (int64_t j = 0; j < o->Nk; j += gk)
+                    if (p[j] > -INFINITY)
+                        scores[pair_at(o, b, h, I, j / o->desc.block_k)] += exp(p[j] - top) / sum;
+            }
     normalise(o, scores);
+    free(p);
 }
 
 void oracle_score_exact(const oracle *o, double *scores) {

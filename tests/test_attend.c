@@ -596,7 +596,7 @@ static void one_call_levels_given(void) {
     }
 }
 
-/* Few queries against many keys in one dense call: heads go together, keys are split, any threads give the same bits. */
+/* Few queries against many keys, one dense call: heads go together, keys are split, any threads give the same bits. */
 static void one_call_decode(void) {
     for (int r = 0; r < test_rounds(60); r++) {
         rnd_round(r);
