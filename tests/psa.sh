@@ -367,16 +367,60 @@ for command in attend score mask order bench; do
 done
 
 echo "# bench"
+tiny="--n 256 --d 64 --heads 1 --threads 2"
+bench_row() { grep -c "\"topic\":.\"$1\"" "$tmp/bench.json"; }
+# bench_rows TOPIC COUNT ARGUMENTS...: as many rows, and no other topic's
+bench_rows() {
+    topic=$1 count=$2
+    shift 2
+    psa bench --topic "$topic" --json "$@" >"$tmp/bench.json" && [ "$(bench_row "$topic")" -eq "$count" ] &&
+        [ "$(grep -c '"topic"' "$tmp/bench.json")" -eq "$count" ]
+}
+# ratios COUNT: rows that have a base
+ratios() { [ "$(grep -c '"ratio"' "$tmp/bench.json")" -eq "$1" ]; }
+# bench_value KEY NAME: the median of KEY in the row of that name
+bench_value() {
+    awk -v key="\"$1\":" -v name="\"$2\"" '
+        /"name":/ { mine = index($0, name) }
+        mine && index($0, key) { inside = 1 }
+        inside && /"median":/ { print $2 + 0; exit }' "$tmp/bench.json"
+}
 check "bench" psa bench --n 256,300 --d 64,80 --heads 2 --density .3 --threads 2 --type f16 --json
 cp "$tmp/log" "$tmp/bench.json"
-check "bench: JSON" json "$tmp/bench.json" cpu compiler flags threads isa type heads density_asked cases n d repeats \
-    peak_gflops seconds pool score mask attend dense whole_call median min max dense_gflops attend_gflops density \
-    attend_over_density_dense speedup relative_error largest_error
-check "bench: cases" [ "$(grep -c '"speedup"' "$tmp/bench.json")" -eq 4 ]
-check "bench: table" prints "x dense; density" bench --n 256 --d 64 --heads 1 --isa scalar
+check "bench: JSON" json "$tmp/bench.json" cpu compiler flags threads isa block_k density_asked rows topic name n d \
+    type repeats seconds bytes median min max gflops gbytes_per_second ns_per_token ratio at_least at_most met density \
+    relative_error largest_error
+for shown in "dense peak" "call error.against.dense" "density block.128,.all.levels" "decode threads.2:.queries.16" \
+    "linear ns/token" "head-size dense" "threads threads.2:.whole.call.*>=.1.9" "memory f16,.whole.call"; do
+    check "bench: all topics: ${shown% *}" [ "$(bench_row "${shown% *}")" -gt 0 ]
+    check "bench: $shown" prints "${shown#* }" bench --topic "${shown% *}" $tiny
+done
+check "bench: scalar code when asked" prints "scalar f32" bench --topic dense $tiny --isa scalar --type f32
+check "bench: two topics" prints "^memory: " bench --topic call,memory $tiny
+check "bench: rows of call" bench_rows call 8 $tiny
+check "bench: rows of call against another" ratios 7
+check "bench: rows of density" bench_rows density 16 $tiny --block-k 32
+check "bench: rows of density against dense" ratios 15
+check "bench: rows of decode" bench_rows decode 12 $tiny --type bf16
+check "bench: rows of decode against reading" ratios 10
+check "bench: rows of linear" bench_rows linear 18 $tiny --n 256,300,512
+check "bench: rows of linear against the first" ratios 12
+check "bench: rows of head-size" bench_rows head-size 4 $tiny --d 48,64,80,128
+check "bench: rows of head-size against neighbours" ratios 2
+check "bench: rows of threads" bench_rows threads 9 $tiny --threads 3
+check "bench: rows of threads against one" ratios 6
+check "bench: rows of memory" bench_rows memory 2 $tiny --type f32
+# K and V of 256 x 64 floats, 2 x 4 block pairs, 2 threads
+check "bench: memory allowed" [ "$(bench_value bytes "f32, allowance")" = 2228232 ]
+same_ratio() {
+    awk -v bytes="$(bench_value bytes "f32, whole call")" -v ratio="$(bench_value ratio "f32, whole call")" '
+        BEGIN { error = bytes / 2228232 - ratio; exit !(ratio > 0 && error < 1e-5 && error > -1e-5) }'
+}
+check "bench: memory ratio" same_ratio
 check "bench: head size" rejected "expected a multiple of 8" bench --n 256 --d 12
 check "bench: block size" rejected "block-k 48: expected 16, 32, 64 or 128" bench --n 256 --block-k 48
 check "bench: lists" rejected "n '256,': expected N,..." bench --n 256,
+check "bench: topics" rejected "topic 'call,speed': expected some of dense, call, density" bench --topic call,speed
 for option in "--d 7" "--d 264" "--n 0" "--heads 0" "--heads x" "--density 0" "--density 1.01" "--threads 0" \
     "--type f64" "--isa sse9"; do
     check "bench $option" rejected "${option% *} '${option#* }': expected" bench $option

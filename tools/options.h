@@ -35,7 +35,8 @@ typedef struct options {
     int order, grid[3], tile[3], n_grid, n_tile, clusters;
     int threads, type, backend, compare, json; /* type -1: that of q */
     double sample, density;
-    int n[BENCH_CASES], d[BENCH_CASES], n_n, n_d, heads;
+    unsigned topics;                                     /* a bit for each, 0: all */
+    int n[BENCH_CASES], d[BENCH_CASES], n_n, n_d, heads; /* 0: the topic's, like density */
 } options;
 
 static int fail(const options *o, const char *format, ...)
@@ -80,13 +81,20 @@ static const char *backend_name(int i) {
     static const char *const names[] = {"cpu", "cuda"};
     return nth_name(names, 2, i);
 }
+static const char *topic_name(int i) {
+    static const char *const names[] = {"dense",  "call",      "density", "decode",
+                                        "linear", "head-size", "threads", "memory"};
+    return nth_name(names, 8, i);
+}
 static const char *isa_name(int i) {
     return i < PSA_ISA_END ? psa_isa_name((psa_isa)i) : NULL;
 }
 
 /* ---- the table ---- */
 
-typedef enum option_kind { FLAG, FILE_NAME, NAME, INTEGER, TOKENS, SEED, REAL, SCALE, INTEGERS, REALS } option_kind;
+typedef enum option_kind {
+    FLAG, FILE_NAME, NAME, NAME_SET, INTEGER, TOKENS, SEED, REAL, SCALE, INTEGERS, REALS
+} option_kind;
 
 typedef struct option {
     const char *name, *value, *help; /* value: what the usage calls it, NULL for a flag */
@@ -163,19 +171,22 @@ static const option option_table[] = {
      LIST(AT(n_tile), 1, INT_MAX, 3, 3)},
     {"--clusters", "N", "order semantic and hybrid: k-means clusters; default 64", CMD_ATTEND, INTEGER, AT(clusters),
      NUMBER(1, INT_MAX)},
-    {"--n", "N,...", "tokens; default 4096,16384", CMD_BENCH, INTEGERS, AT(n),
+    {"--topic", "NAME,...", "dense, call, density, decode, linear, head-size, threads or memory; default all",
+     CMD_BENCH, NAME_SET, AT(topics), NAMES(topic_name)},
+    {"--n", "N,...", "tokens; default 4096, of some topics others too", CMD_BENCH, INTEGERS, AT(n),
      LIST(AT(n_n), 1, 1 << 24, 1, BENCH_CASES)},
-    {"--d", "D,...", "head sizes; default 64,128", CMD_BENCH, INTEGERS, AT(d),
+    {"--d", "D,...", "head sizes; default 64 or 128 or both; head-size: 32 to 256 by 16", CMD_BENCH, INTEGERS, AT(d),
      LIST(AT(n_d), 8, PSA_MAX_D, 1, BENCH_CASES)},
-    {"--heads", "N", "default 12", CMD_BENCH, INTEGER, AT(heads), NUMBER(1, 4096)},
-    {"--density", "F", "share of dense attention's multiply-adds, up to 1; default 0.15", CMD_BENCH, REAL, AT(density),
-     NUMBER(DBL_MIN, 1)},
+    {"--heads", "N", "default 4; decode: 8, linear: 1", CMD_BENCH, INTEGER, AT(heads), NUMBER(1, 4096)},
+    {"--density", "F", "share of dense attention's multiply-adds, up to 1; default 0.15; density: 0.05 to 0.5",
+     CMD_BENCH, REAL, AT(density), NUMBER(DBL_MIN, 1)},
     {"--threads", "N", "default: all processors", BLOCKS | CMD_BENCH, INTEGER, AT(threads), NUMBER(1, 4096)},
     {"--isa", "NAME", "instruction set (psa info); default auto", BLOCKS | CMD_BENCH, NAME, AT(desc.isa),
      NAMES(isa_name)},
     {"--type", "NAME", "f32, f16 or bf16: convert the inputs first, and write this type; default: that of each file",
      CMD_ATTEND, NAME, AT(type), NAMES(type_name)},
-    {"--type", "NAME", "f32, f16 or bf16; default f32", CMD_BENCH, NAME, AT(type), NAMES(type_name)},
+    {"--type", "NAME", "f32, f16 or bf16; default f32; dense, decode, memory: all", CMD_BENCH, NAME, AT(type),
+     NAMES(type_name)},
     {"--backend", "NAME", "cpu (cuda is not built)", CMD_ATTEND, NAME, AT(backend), NAMES(backend_name)},
     {"--save-scores", "FILE", "float32 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_scores), PLAIN},
     {"--save-levels", "FILE", "uint8 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_levels), PLAIN},
@@ -274,6 +285,22 @@ static int parse_name(const option *p, const char *text, int *value) {
     return -1;
 }
 
+/* A bit for each name of the list. */
+static int parse_name_set(const option *p, const char *text, unsigned *set) {
+    char part[64];
+    *set = 0;
+    for (const char *end; text; text = end ? end + 1 : NULL) {
+        int name;
+        end = strchr(text, ',');
+        size_t size = end ? (size_t)(end - text) : strlen(text);
+        snprintf(part, sizeof part, "%.*s", (int)size, text);
+        if (size >= sizeof part || parse_name(p, part, &name))
+            return -1;
+        *set |= 1u << name;
+    }
+    return 0;
+}
+
 static int parse_value(const option *p, const char *text, options *o) {
     void *at = (char *)o + p->at;
     int64_t integer;
@@ -291,6 +318,8 @@ static int parse_value(const option *p, const char *text, options *o) {
             return -1;
         memcpy(at, &name, sizeof name);
         return 0;
+    case NAME_SET:
+        return parse_name_set(p, text, (unsigned *)at);
     case INTEGER:
         if (parse_integer(text, p->least, p->most, &integer))
             return -1;
@@ -322,7 +351,7 @@ static int bad_value(const options *o, const option *p, const char *text) {
             snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", p->names(i));
         }
     if (p->names)
-        return fail(o, "%s '%s': expected one of %s", p->name, text, known);
+        return fail(o, "%s '%s': expected %s of %s", p->name, text, p->kind == NAME_SET ? "some" : "one", known);
     int whole = p->kind == INTEGER || p->kind == TOKENS || p->kind == SEED;
     int number = p->kind == REAL || p->kind == SCALE;
     const char *what = whole ? "a whole number" : number ? "a number" : p->value;
@@ -374,14 +403,9 @@ static int parse_arguments(options *o, int argc, char **argv) {
 }
 
 static void option_defaults(options *o) {
-    static const int n[] = {4096, 16384}, d[] = {64, 128};
     o->preset = o->type = -1;
     o->tile[0] = 2, o->tile[1] = o->tile[2] = 8;
     o->clusters = 64;
-    o->heads = 12;
-    o->density = 0.15;
-    memcpy(o->n, n, sizeof n), o->n_n = 2;
-    memcpy(o->d, d, sizeof d), o->n_d = 2;
 }
 
 /* *o is zero but for words. The preset is applied first wherever it stands, so that every other option overrides it. */
