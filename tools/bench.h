@@ -229,7 +229,7 @@ static double measure_call(bench *b, const row *r) {
     return result == PSA_OK ? seconds : bench_fail(b, psa_result_string(result));
 }
 
-/* psa_attention, with the memory that it asks for; out is that of the input's last row. */
+/* psa_attention, with the memory that it asks for. */
 static row *add_call(bench *b, bench_input *in, const psa_desc *desc, int64_t n_q, int threads) {
     row *r = add_row(b, in, threads, measure_call);
     name_row(r, "whole call");
@@ -476,7 +476,7 @@ typedef struct mix {
     double end[PSA_MAX_LEVELS]; /* of levels 1, 2, 4, ..., before they are stretched */
 } mix;
 
-enum { DEFAULT_MIX, FULL_MIX, EVEN_MIX, MIXES };
+enum { DEFAULT_MIX, MIXES = 3 };
 static const mix mixes[MIXES] = {
     {"default levels", {.1, .15, .15, .35}},
     {"level 1 or none", {.1}},
