@@ -69,9 +69,9 @@
  *                   block's end are left out. Costs sample_q * sample_k / 2 of dense attention.
  *     ANTIDIAGONAL  XAttention: groups of `stride` queries, reversed, against groups of keys; S = softmax mass. Costs
  *                   1/(2 stride) of dense attention.
- *     POOLED        means of score_group_q queries against means of score_group_k keys: softmax mass, the logits as in
+ *     POOLED        means of groups of queries against means of groups of keys: softmax mass, the logits as in
  *                   attention. With whole blocks for groups (the default) a mean against a mean, without ln c. Costs
- *                   1/(score_group_q * score_group_k) of dense attention.
+ *                   1/(2 score_group[0] score_group[1]) of dense attention.
  *     EXACT         the true softmax mass. Costs half of dense attention and nk * block_q floats a thread.
  *
  *     NaN among sampled logits is ignored; a row without any mass is uniform.
@@ -278,8 +278,7 @@ typedef struct psa_desc {
     int score_norm;          /* SAMPLE: also divide by the row's softmax denominator, as in the paper */
     int score_mean;          /* SAMPLE: mean instead of maximum over the sampled pairs (the paper's ablation) */
     int stride;              /* ANTIDIAGONAL: tokens in a group, divides block_q and block_k; 0: 8 */
-    int score_group_q;       /* POOLED: queries in a group, divides block_q; 0: block_q */
-    int score_group_k;       /* POOLED: keys in a group, a power of two up to block_k; 0: block_k */
+    int score_group[2];      /* POOLED: queries and keys in a group, dividing block_q and block_k; 0: the whole block */
 
     psa_mask_kind mask;
     double level_end[PSA_MAX_LEVELS]; /* cumulative end of levels 1, 2, 4, ...; entries after the last non-zero one are
@@ -1826,12 +1825,13 @@ static psa_result psa__plan_score(psa_plan *p)
         return psa__fail(d, PSA_ERR_SCORE, "stride %d does not divide block_q %d and block_k %d", d->stride, d->block_q,
                          d->block_k);
     }
-    if (d->score_group_q == 0) d->score_group_q = d->block_q;
-    if (d->score_group_k == 0) d->score_group_k = d->block_k;
-    if (d->score_group_q < 1 || d->block_q % d->score_group_q != 0 || d->score_group_k < 1 ||
-        d->block_k % d->score_group_k != 0) {
+    if (d->score_group[0] == 0) d->score_group[0] = d->block_q;
+    if (d->score_group[1] == 0) d->score_group[1] = d->block_k;
+    if (d->score == PSA_SCORE_POOLED &&
+        (d->score_group[0] < 1 || d->block_q % d->score_group[0] != 0 || d->score_group[1] < 1 ||
+         d->block_k % d->score_group[1] != 0)) {
         return psa__fail(d, PSA_ERR_SCORE, "groups of %d queries and %d keys do not divide block_q %d and block_k %d",
-                         d->score_group_q, d->score_group_k, d->block_q, d->block_k);
+                         d->score_group[0], d->score_group[1], d->block_q, d->block_k);
     }
     p->n_sample_q = psa__sample_count(d->sample_q, d->block_q);
     p->n_sample_k = psa__sample_count(d->sample_k, d->block_k);
@@ -1967,7 +1967,7 @@ static int64_t psa__score_lanes(const psa_plan *p)
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE: return psa__pad_lanes(p->n_sample_q);
     case PSA_SCORE_ANTIDIAGONAL: return psa__pad_lanes(p->desc.block_q / p->desc.stride);
-    case PSA_SCORE_POOLED: return psa__pad_lanes(p->desc.block_q / p->desc.score_group_q);
+    case PSA_SCORE_POOLED: return psa__pad_lanes(p->desc.block_q / p->desc.score_group[0]);
     case PSA_SCORE_EXACT: break;
     }
     return psa__pad_lanes(p->desc.block_q);
@@ -2367,8 +2367,8 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
         }
         return lanes;
     case PSA_SCORE_POOLED:
-        for (int64_t g = 0; g < n; g += p->desc.score_group_q) {
-            int64_t size = psa__min(p->desc.score_group_q, n - g);
+        for (int64_t g = 0; g < n; g += p->desc.score_group[0]) {
+            int64_t size = psa__min(p->desc.score_group[0], n - g);
             psa__mean_query(p, q, b, h, first + g, size, w->rows + lanes * d, w->k);
             w->lane_token[lanes++] = psa__query_token(p, first + g + size - 1);
         }
@@ -2411,9 +2411,9 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         }
         return keys;
     case PSA_SCORE_POOLED:
-        if (p->desc.score_group_k == 1) break;
-        row = psa__pooled_row(p, b, hkv, jk, psa__log2(p->desc.score_group_k));
-        for (int64_t g = 0; g < n; g += p->desc.score_group_k, row++) {
+        if (p->desc.score_group[1] == 1) break;
+        row = psa__pooled_row(p, b, hkv, jk, psa__log2(p->desc.score_group[1]));
+        for (int64_t g = 0; g < n; g += p->desc.score_group[1], row++) {
             kp[keys] = (const float *)(const void *)(base + p->at_pooled_k) + row * d;
             w->bias[at + keys] = ((const float *)(const void *)(base + p->at_bias))[row];
             token[keys++] = first + g;
@@ -2434,7 +2434,7 @@ static int64_t psa__score_batch(const psa_plan *p)
 {
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE: return psa__max(PSA__TILE_K / p->n_sample_k, 1);
-    case PSA_SCORE_POOLED: return psa__max(PSA__TILE_K / (p->desc.block_k / p->desc.score_group_k), 1);
+    case PSA_SCORE_POOLED: return psa__max(PSA__TILE_K / (p->desc.block_k / p->desc.score_group[1]), 1);
     case PSA_SCORE_ANTIDIAGONAL:
     case PSA_SCORE_EXACT: break;
     }
@@ -2466,7 +2466,7 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
                               int sums, psa__scratch *w)
 {
     int64_t token[PSA_MAX_BLOCK_K], start[PSA__TILE_K + 1], lane = 0, d = p->D, keys = 0;
-    int biased = p->desc.score == PSA_SCORE_POOLED && p->desc.score_group_k < p->desc.block_k;
+    int biased = p->desc.score == PSA_SCORE_POOLED && p->desc.score_group[1] < p->desc.block_k;
     if (p->desc.score == PSA_SCORE_ANTIDIAGONAL) d *= p->desc.stride;
     for (int64_t i = 0; i < n; i++) {
         start[i] = keys;

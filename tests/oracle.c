@@ -303,8 +303,8 @@ static void mean_rows(const double *x, range r, int64_t D, double *mean) {
 
 /* Means of groups; ln c where a group is less than a block. A key group is seen from its first token on. */
 void oracle_score_pooled(const oracle *o, double *scores) {
-    int64_t gq = o->desc.score_group_q ? o->desc.score_group_q : o->desc.block_q;
-    int64_t gk = o->desc.score_group_k ? o->desc.score_group_k : o->desc.block_k;
+    int64_t gq = o->desc.score_group[0] ? o->desc.score_group[0] : o->desc.block_q;
+    int64_t gk = o->desc.score_group[1] ? o->desc.score_group[1] : o->desc.block_k;
     double q[PSA_MAX_D], k[PSA_MAX_D], *p = zeros(o->Nk);
     memset(scores, 0, (size_t)oracle_map_size(o) * sizeof *scores);
     for (int64_t head = 0; head < o->B * o->Hq; head++)

@@ -247,6 +247,7 @@ cmp_stages() { # SCORING MASKING: psa score and psa mask make what psa attend sa
 }
 check "score and mask as in attend: top-k" cmp_stages "$blocks --seed 7 --sample .5 --score-norm" "$some --skip-mean"
 check "score and mask as in attend: counts" cmp_stages "$blocks --scale .2" "$blocks --level-count 1,0,4,9"
+check "score and mask as in attend: pooled groups" cmp_stages "$blocks --score pooled --score-group 8,16" "$some"
 check "score and mask as in attend: threshold" cmp_stages "$blocks --score pooled" \
     "$some --mask threshold --min-full .1 --prefix 20 --suffix 3"
 check "score and mask as in attend: causal" cmp_stages "$blocks --score antidiagonal --stride 16 --causal" \

@@ -146,6 +146,9 @@ static void errors_desc(void) {
     REFUSED(PSA_ERR_SCORE, c.desc.sample_k = NAN);
     REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_ANTIDIAGONAL; c.desc.stride = 3);
     REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_ANTIDIAGONAL; c.desc.stride = -8);
+    REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_POOLED; c.desc.score_group[0] = 3);
+    REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_POOLED; c.desc.score_group[1] = 128);
+    REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_POOLED; c.desc.score_group[1] = -1);
     REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_ANTIDIAGONAL; c.desc.block_q = 20);
     REFUSED(PSA_ERR_MASK, c.desc.mask = (psa_mask_kind)3);
     REFUSED(PSA_ERR_MASK, c.desc.mask = (psa_mask_kind)-1);

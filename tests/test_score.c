@@ -7,8 +7,8 @@ static psa_desc desc_score(const shape *x, psa_score_kind kind) {
     d.stride = 1 << rnd_int(0, 4);
     d.block_q = 16 * rnd_int(1, 6);
     if (kind == PSA_SCORE_POOLED && rnd_chance(70)) {
-        d.score_group_q = 1 << rnd_int(0, 4);
-        d.score_group_k = 1 << rnd_int(0, 4);
+        d.score_group[0] = 1 << rnd_int(0, 4);
+        d.score_group[1] = 1 << rnd_int(0, 4);
     }
     d.score_norm = rnd_chance(50);
     d.score_mean = rnd_chance(30);

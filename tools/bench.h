@@ -188,6 +188,7 @@ static psa_desc count_desc(const bench *b, int64_t n) {
     }
     memset(desc.level_end, 0, sizeof desc.level_end);
     desc.score = PSA_SCORE_POOLED;
+    desc.score_group[0] = desc.score_group[1] = b->block_k < 32 ? b->block_k : 32;
     return desc;
 }
 

@@ -143,6 +143,8 @@ static const option option_table[] = {
      PLAIN},
     {"--stride", "N", "antidiagonal: tokens in a group; default 8", SCORING, INTEGER, AT(desc.stride),
      NUMBER(1, INT_MAX)},
+    {"--score-group", "Q,K", "pooled: queries and keys in a group; default the whole block", SCORING, INTEGERS,
+     AT(desc.score_group), LIST(0, 1, PSA_MAX_BLOCK_Q, 2, 2)},
     {"--seed", "N", "sample: of the sampled offsets", SCORING, SEED, AT(desc.seed), PLAIN},
     {"--mask", "NAME", "topk, threshold or dense; default topk", MASKING, NAME, AT(desc.mask), NAMES(mask_name)},
     {"--inclusive", NULL, "threshold: count the block's own mass too", MASKING, FLAG, AT(desc.inclusive), PLAIN},
