@@ -1488,18 +1488,26 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
         PSA__(store)(z + i, sum);
     }
     for (int64_t i = 0; i < lanes; i++) z[i] = i >= n_lanes || m[i] <= -PSA__BIG ? 0.0f : norm ? 1.0f / z[i] : 1.0f;
-    for (int64_t j = 0; j < n; j++) {
-        float lane[PSA__W], total = 0.0f;
-        PSA__V sum = PSA__(splat)(0.0f);
-        for (int64_t i = 0; i < lanes; i += PSA__W) {
-            PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + j * lanes + i), PSA__(load)(m + i)));
-            e = PSA__(mul)(e, PSA__(load)(z + i));
-            if (!use_max) e = PSA__(mul)(e, PSA__(load)(bs + j * lanes + i));
-            sum = use_max ? PSA__(max)(e, sum) : PSA__(add)(e, sum);
+    for (int64_t j = 0; j < n; j += PSA__W) { /* PSA__W blocks at a time, so that their lanes add up side by side */
+        PSA__V total[PSA__W];
+        float side[PSA__W];
+        for (int x = 0; x < PSA__W; x++) {
+            int64_t row = psa__min(j + x, n - 1) * lanes;
+            PSA__V sum = PSA__(splat)(0.0f);
+            for (int64_t i = 0; i < lanes; i += PSA__W) {
+                PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + row + i), PSA__(load)(m + i)));
+                e = PSA__(mul)(e, PSA__(load)(z + i));
+                if (!use_max) e = PSA__(mul)(e, PSA__(load)(bs + row + i));
+                sum = use_max ? PSA__(max)(e, sum) : PSA__(add)(e, sum);
+            }
+            total[x] = sum;
         }
-        PSA__(store)(lane, sum);
-        for (int i = 0; i < PSA__W; i++) total = use_max ? (lane[i] > total ? lane[i] : total) : total + lane[i];
-        score[j] = total;
+        PSA__(transpose)(total);
+        for (int x = 1; x < PSA__W; x++) {
+            total[0] = use_max ? PSA__(max)(total[x], total[0]) : PSA__(add)(total[x], total[0]);
+        }
+        PSA__(store)(side, total[0]);
+        for (int64_t x = 0; x < psa__min(PSA__W, n - j); x++) score[j + x] = side[x];
     }
 }
 
@@ -2496,9 +2504,10 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
 /* Scales a row to sum 1; a row without mass becomes uniform. */
 static void psa__normalise(float *row, int64_t n)
 {
-    double sum = 0;
-    for (int64_t j = 0; j < n; j++) sum += row[j];
-    for (int64_t j = 0; j < n; j++) row[j] = sum > 0 ? (float)(row[j] / sum) : 1.0f / (float)n;
+    double sum = 0, part[4] = {0, 0, 0, 0};
+    for (int64_t j = 0; j < n; j++) part[j % 4] += row[j];
+    for (int i = 0; i < 4; i++) sum += part[i];
+    for (int64_t j = 0; j < n; j++) row[j] = sum > 0 ? (float)(row[j] * (1 / sum)) : 1.0f / (float)n;
 }
 
 /* One row of the score map: block pairs (iq, 0..nk) of a head. */
@@ -2561,19 +2570,40 @@ static uint32_t psa__sort_key(float x)
     return (u & 0x80000000u) != 0 ? u : ~(u | 0x80000000u);
 }
 
-/* Blocks 0..n-1 by descending score, ties by index: a stable radix sort, a byte at a time. The result is w->rank[0]. */
-static const uint32_t *psa__rank(psa__scratch *w, const float *score, int64_t n)
+/* Of blocks 0..n-1, whose keys are in key[1], those whose high bits are like the first `need` have them: to rank[0] and
+ * key[0], in order. Returns how many they are. */
+static int64_t psa__rank_select(psa__scratch *w, int64_t n, int64_t need)
 {
+    enum { SHIFT = 21 };
+    uint32_t count[1 << (32 - SHIFT)] = {0}, end = 0;
+    int64_t m = 0;
+    for (int64_t j = 0; j < n; j++) count[w->key[1][j] >> SHIFT]++;
+    for (int64_t seen = 0; seen < need; end++) seen += count[end];
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t key = w->key[1][j];
+        w->rank[0][m] = (uint32_t)j;
+        w->key[0][m] = key;
+        m += key >> SHIFT < end;
+    }
+    return m;
+}
+
+/* The first `need` of blocks 0..n-1 by descending score, ties by index. What cannot be among them is left out, the rest
+ * goes through a stable radix sort, a byte at a time. The result is w->rank[0]. */
+static const uint32_t *psa__rank(psa__scratch *w, const float *score, int64_t n, int64_t need)
+{
+    int64_t m = n;
     for (int64_t j = 0; j < n; j++) {
         w->rank[0][j] = (uint32_t)j;
-        w->key[0][j] = psa__sort_key(score[j]);
+        w->key[need < n][j] = psa__sort_key(score[j]);
     }
+    if (need < n) m = psa__rank_select(w, n, need);
     for (int shift = 0; shift < 32; shift += 8) {
         int from = shift / 8 % 2, to = 1 - from;
         uint32_t start[257] = {0};
-        for (int64_t j = 0; j < n; j++) start[(w->key[from][j] >> shift & 255u) + 1]++;
+        for (int64_t j = 0; j < m; j++) start[(w->key[from][j] >> shift & 255u) + 1]++;
         for (int i = 0; i < 256; i++) start[i + 1] += start[i];
-        for (int64_t j = 0; j < n; j++) {
+        for (int64_t j = 0; j < m; j++) {
             uint32_t at = start[w->key[from][j] >> shift & 255u]++;
             w->key[to][at] = w->key[from][j];
             w->rank[to][at] = w->rank[from][j];
@@ -2590,27 +2620,41 @@ static int psa__finest(const psa_desc *d, int n_ends)
     return i;
 }
 
-/* Position in rank order to level: shares or numbers of blocks. */
-static void psa__mask_topk(const psa_plan *p, const uint32_t *rank, int64_t n, uint8_t *level)
+/* Where levels 1, 2, 4, ... end in rank order, from shares or numbers of blocks. Returns how many levels there are. */
+static int psa__topk_ends(const psa_plan *p, int64_t n, int64_t end[PSA_MAX_LEVELS])
 {
     const psa_desc *d = &p->desc;
-    int64_t position = 0, end = 0;
+    int64_t blocks = 0;
     int counted = 0, ends = psa__n_ends(d), finest = psa__finest(d, ends);
     for (int i = 0; i < PSA_MAX_LEVELS; i++) {
         if (d->level_count[i] > 0 && !counted++) finest = i;
     }
-    for (int i = 0; i < (counted ? PSA_MAX_LEVELS : ends); i++) {
-        end = counted ? end + d->level_count[i] : (int64_t)floor(d->level_end[i] * (double)n);
-        if (i == finest) end = psa__max(end, 1);
-        for (; position < psa__min(end, n); position++) level[rank[position]] = (uint8_t)(1 << i);
+    if (counted) ends = PSA_MAX_LEVELS;
+    for (int i = 0; i < ends; i++) {
+        blocks = counted ? blocks + d->level_count[i] : psa__max((int64_t)floor(d->level_end[i] * (double)n), blocks);
+        if (i == finest) blocks = psa__max(blocks, 1);
+        end[i] = psa__min(blocks, n);
     }
-    for (; position < n; position++) level[rank[position]] = 0;
+    return ends;
+}
+
+/* Position in rank order to level. */
+static void psa__mask_topk(const psa_plan *p, psa__scratch *w, const float *score, int64_t n, uint8_t *level)
+{
+    int64_t end[PSA_MAX_LEVELS], position = 0;
+    int ends = psa__topk_ends(p, n, end);
+    const uint32_t *rank = psa__rank(w, score, n, end[ends - 1]);
+    memset(level, 0, (size_t)n);
+    for (int i = 0; i < ends; i++) {
+        for (; position < end[i]; position++) level[rank[position]] = (uint8_t)(1 << i);
+    }
 }
 
 /* Score mass ahead (or with inclusive, up to and including the block) to level. */
-static void psa__mask_threshold(const psa_plan *p, const uint32_t *rank, const float *score, int64_t n, uint8_t *level)
+static void psa__mask_threshold(const psa_plan *p, psa__scratch *w, const float *score, int64_t n, uint8_t *level)
 {
     const psa_desc *d = &p->desc;
+    const uint32_t *rank = psa__rank(w, score, n, n);
     int ends = psa__n_ends(d), finest = psa__finest(d, ends), i = 0;
     int64_t full = d->min_full > 0 ? (int64_t)floor(d->min_full * (double)n) + 1 : 0;
     double total = 0, ahead = 0;
@@ -2663,11 +2707,11 @@ static void psa__mask_row(const psa_plan *p, const float *score, const uint8_t *
 {
     const psa_desc *d = &p->desc;
     int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq);
-    memset(level, d->mask == PSA_MASK_DENSE, (size_t)n);
-    if (d->mask != PSA_MASK_DENSE) {
-        const uint32_t *rank = psa__rank(w, score, n);
-        if (d->mask == PSA_MASK_TOPK) psa__mask_topk(p, rank, n, level);
-        else psa__mask_threshold(p, rank, score, n, level);
+    if (d->mask == PSA_MASK_DENSE) {
+        memset(level, 1, (size_t)n);
+    } else {
+        if (d->mask == PSA_MASK_TOPK) psa__mask_topk(p, w, score, n, level);
+        else psa__mask_threshold(p, w, score, n, level);
         if (cap) psa__mask_cap(cap, n, level);
         psa__mask_protect(p, iq, n, level);
     }
