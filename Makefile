@@ -2,6 +2,7 @@
 # make deps test    install what is missing, build, run every test; the last line is "N passed, N failed"
 # make              build everything into build/
 # make bench        measure this machine (options: make bench ARGS="--n 4096 --threads 1")
+# make ggml         fetch ggml and build it into build/ggml, once: a peer for tools/bench_peers.py
 # make fuzz       fuzz the reading of checkpoints
 # make check-symbols   what the header exports and needs
 
@@ -9,6 +10,7 @@ CC     ?= cc
 CFLAGS ?= -O2 -g
 B      ?= build
 STD    ?= -std=c99
+PYTHON ?= python3
 WARN   ?= -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Werror
 DEPS   := build-essential libstb-dev libcjson-dev libopenblas-dev ffmpeg
 
@@ -72,6 +74,15 @@ test: all $B/readme
 bench: $B/psa
 	$B/psa bench $(ARGS)
 
+# The package on PyPI is ggml's source with Python bindings; headers and libraries land beside them, in include and lib.
+# GGML_NATIVE: all instruction sets of this CPU. CC and CXX on the command line reach CMake through the environment.
+ggml: $B/ggml
+$B/ggml:
+	@mkdir -p $B
+	@rm -rf $@.part && CMAKE_ARGS=-DGGML_NATIVE=ON $(PYTHON) -m pip install --no-cache-dir --target $@.part --no-deps \
+	    --no-binary ggml-python ggml-python==0.0.45 >$@.log 2>&1 && mv $@.part $@ || \
+	    echo "make ggml: skipped, $@.log says why; needs pip, PyPI and a C++ compiler" >&2
+
 # Everything that the header exports starts with psa_; it has no writable data, does not print or end the program, and
 # links with libc, libm and threads alone. PSA_STATIC exports nothing, PSA_NO_THREADS does without threads.
 check-symbols:
@@ -97,5 +108,5 @@ fuzz:
 clean:
 	rm -rf $B
 
-.PHONY: all deps demo test bench check-symbols fuzz clean
+.PHONY: all deps demo test bench ggml check-symbols fuzz clean
 .DELETE_ON_ERROR:
