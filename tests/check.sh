@@ -1,4 +1,4 @@
-# Sourced by psa.sh and classify.sh from the project's root: where things are, and how a check is counted.
+# Sourced by psa.sh, classify.sh and demo.sh from the project's root: where things are, and how a check is counted.
 # BUILD=dir looks for the programs elsewhere. What a check prints goes to $tmp/log.
 export LC_ALL=C
 build=$(cd "${BUILD:-build}" && pwd) || exit 1
@@ -17,4 +17,25 @@ check() {
         failed=$((failed + 1))
         echo "FAIL  $name: $(tail -n 1 "$tmp/log")"
     fi
+}
+
+# prints TEXT COMMAND...: exit status 0, and the output says this
+prints() {
+    text=$1
+    shift
+    "$@" >"$tmp/report" 2>&1 && grep -q -e "$text" "$tmp/report" || { cat "$tmp/report"; false; }
+}
+
+# rejected TEXT COMMAND...: exit status 2, this text in the only line on stderr, nothing printed, no file in $made
+made=$tmp/made
+rejected() {
+    text=$1
+    shift
+    rm -rf "$made"
+    mkdir "$made"
+    "$@" >"$tmp/stdout" 2>"$tmp/stderr"
+    status=$?
+    echo "status $status: $(cat "$tmp/stderr") $(ls "$made")"
+    [ $status -eq 2 ] && [ "$(wc -l <"$tmp/stderr")" -eq 1 ] && grep -q -e "$text" "$tmp/stderr" &&
+        [ ! -s "$tmp/stdout" ] && [ -z "$(ls -A "$made")" ]
 }

@@ -16,25 +16,6 @@ near() {
     classify "$model" "$@" --logits "$tmp/logits.npy" && "$build/npydiff" "$expected" "$tmp/logits.npy" "$bound"
 }
 
-# prints TEXT COMMAND...: exit status 0, and the output says this
-prints() {
-    text=$1
-    shift
-    "$@" >"$tmp/out" 2>&1 || { cat "$tmp/out"; return 1; }
-    grep -q -e "$text" "$tmp/out" || { cat "$tmp/out"; return 1; }
-}
-
-# rejected TEXT COMMAND...: exit status 2, this text in the only line on stderr, nothing on stdout
-rejected() {
-    text=$1
-    shift
-    "$@" >"$tmp/stdout" 2>"$tmp/stderr"
-    status=$?
-    echo "status $status: $(cat "$tmp/stderr")"
-    [ $status -eq 2 ] && [ "$(wc -l <"$tmp/stderr")" -eq 1 ] && grep -q -e "$text" "$tmp/stderr" &&
-        [ ! -s "$tmp/stdout" ]
-}
-
 # at_least BOUND KEY FILE: the first number under this key in a JSON report is at least this
 at_least() {
     value=$(sed -n "s/^.*\"$2\":[[:space:]]*\([-0-9.e+]*\).*/\1/p" "$3" | head -n 1)
@@ -98,7 +79,8 @@ check "bf16 q, k and v" near "$tmp/seven.npy" 0.2 "$tmp/seven.y4m" --dense --typ
 mkdir "$tmp/folder"
 cp "$tmp/eval/0001.y4m" "$tmp/eval/0002.y4m" "$tmp/folder/"
 echo text >"$tmp/folder/readme.txt"
-check "a folder and a video" prints "top-1 agrees on [23] of 3 inputs" classify "$model" "$tmp/folder" "$tmp/seven.y4m" \
+check "a folder and a video" prints "top-1 agrees on [23] of 3 inputs" classify "$model" "$tmp/folder" \
+    "$tmp/seven.y4m" \
     --compare
 mkdir "$tmp/bare"
 check "a folder without videos" rejected "the folder holds no videos" classify "$model" "$tmp/bare"

@@ -4,7 +4,6 @@
 cd "$(dirname "$0")/.." || exit 1
 . tests/check.sh
 golden=tests/data/golden
-made=$tmp/made # stays empty when psa fails
 mkdir "$made" || exit 1
 
 # Upstream's f32 rounding is up to 1.2e-6 for out and lse, less for scores; the library adds about as much.
@@ -101,13 +100,6 @@ sums_to_1() {
         END { print NR " entries"; exit bad || !NR || NR % nk }'
 }
 
-# prints TEXT ARGUMENTS...: on stdout
-prints() {
-    text=$1
-    shift
-    psa "$@" >"$tmp/report" && grep -q -e "$text" "$tmp/report" || { cat "$tmp/report"; false; }
-}
-
 # json FILE KEY...: an object with these keys in which brackets close and every number is one
 json() {
     file=$1
@@ -126,24 +118,11 @@ picture() {
         [ "$(tail -c 12 "$1" | od -An -tx1 | tr -d ' \n')" = 0000000049454e44ae426082 ] && [ "$(wc -c <"$1")" -gt 2000 ]
 }
 
-# rejected TEXT ARGUMENTS...: exit status 2, this text in the only line on stderr, nothing printed and nothing written
-rejected() {
-    text=$1
-    shift
-    rm -rf "$made"
-    mkdir "$made"
-    psa "$@" >"$tmp/stdout" 2>"$tmp/stderr"
-    status=$?
-    echo "status $status: $(cat "$tmp/stderr") $(ls "$made")"
-    [ $status -eq 2 ] && [ "$(wc -l <"$tmp/stderr")" -eq 1 ] && grep -q -e "$text" "$tmp/stderr" &&
-        [ ! -s "$tmp/stdout" ] && [ -z "$(ls -A "$made")" ]
-}
-
 # refused TEXT ARGUMENTS...: attend with valid inputs and these arguments
 refused() {
     text=$1
     shift
-    rejected "$text" attend $d64 --out "$made/out.npy" --lse "$made/lse.npy" --stats "$made/stats.json" "$@"
+    rejected "$text" psa attend $d64 --out "$made/out.npy" --lse "$made/lse.npy" --stats "$made/stats.json" "$@"
 }
 
 sets=$(psa info | sed -n 's/^instruction sets: \(.*\) (.*/\1/p')
@@ -358,13 +337,13 @@ check "statistics: JSON" json "$tmp/stats.json" B Hq Hkv Nq Nk D Dv nq nk densit
 check "statistics: density" grep -q '"density":.0.3242' "$tmp/stats.json"
 check "statistics: blocks of level 4" grep -q '"4":.224' "$tmp/stats.json"
 check "statistics: work" grep -q '"mul_adds":.2[0-9]*,' "$tmp/stats.json"
-check "compare" prints "relative error  *0\.[0-9]" attend $d64 $some --out "$tmp/out.npy" --compare
-check "compare: dense with dense" prints "relative error  *0  *L2" attend $d64 --mask dense --out "$tmp/out.npy" \
+check "compare" prints "relative error  *0\.[0-9]" psa attend $d64 $some --out "$tmp/out.npy" --compare
+check "compare: dense with dense" prints "relative error  *0  *L2" psa attend $d64 --mask dense --out "$tmp/out.npy" \
     --compare
-check "info" prints "^psa [0-9]" info
-check "help" prints "psa attend" help
+check "info" prints "^psa [0-9]" psa info
+check "help" prints "psa attend" psa help
 for command in attend score mask order bench; do
-    check "$command --help" prints "^psa $command" $command --help
+    check "$command --help" prints "^psa $command" psa $command --help
 done
 
 echo "# bench"
@@ -394,10 +373,10 @@ check "bench: JSON" json "$tmp/bench.json" cpu compiler flags threads isa block_
 for shown in "dense peak" "call error.against.dense" "density block.128,.all.levels" "decode threads.2:.queries.16" \
     "linear ns/token" "head-size dense" "threads threads.2:.whole.call.*>=.1.9" "memory f16,.whole.call"; do
     check "bench: all topics: ${shown% *}" [ "$(bench_row "${shown% *}")" -gt 0 ]
-    check "bench: $shown" prints "${shown#* }" bench --topic "${shown% *}" $tiny
+    check "bench: $shown" prints "${shown#* }" psa bench --topic "${shown% *}" $tiny
 done
-check "bench: scalar code when asked" prints "scalar f32" bench --topic dense $tiny --isa scalar --type f32
-check "bench: two topics" prints "^memory: " bench --topic call,memory $tiny
+check "bench: scalar code when asked" prints "scalar f32" psa bench --topic dense $tiny --isa scalar --type f32
+check "bench: two topics" prints "^memory: " psa bench --topic call,memory $tiny
 check "bench: rows of call" bench_rows call 8 $tiny
 check "bench: rows of call against another" ratios 7
 check "bench: rows of density" bench_rows density 16 $tiny --block-k 32
@@ -418,18 +397,18 @@ same_ratio() {
         BEGIN { error = bytes / 2228232 - ratio; exit !(ratio > 0 && error < 1e-5 && error > -1e-5) }'
 }
 check "bench: memory ratio" same_ratio
-check "bench: head size" rejected "expected a multiple of 8" bench --n 256 --d 12
-check "bench: block size" rejected "block-k 48: expected 16, 32, 64 or 128" bench --n 256 --block-k 48
-check "bench: lists" rejected "n '256,': expected N,..." bench --n 256,
-check "bench: topics" rejected "topic 'call,speed': expected some of dense, call, density" bench --topic call,speed
+check "bench: head size" rejected "expected a multiple of 8" psa bench --n 256 --d 12
+check "bench: block size" rejected "block-k 48: expected 16, 32, 64 or 128" psa bench --n 256 --block-k 48
+check "bench: lists" rejected "n '256,': expected N,..." psa bench --n 256,
+check "bench: topics" rejected "topic 'call,speed': expected some of dense, call, density" psa bench --topic call,speed
 for option in "--d 7" "--d 264" "--n 0" "--heads 0" "--heads x" "--density 0" "--density 1.01" "--threads 0" \
     "--type f64" "--isa sse9"; do
-    check "bench $option" rejected "${option% *} '${option#* }': expected" bench $option
+    check "bench $option" rejected "${option% *} '${option#* }': expected" psa bench $option
 done
 
 echo "# commands and options"
-check "unknown command" rejected "unknown command 'paint'; known: attend" paint
-check "no gradients yet" rejected "unknown command 'grad'" grad --q "$golden/backward/q.npy"
+check "unknown command" rejected "unknown command 'paint'; known: attend" psa paint
+check "no gradients yet" rejected "unknown command 'grad'" psa grad --q "$golden/backward/q.npy"
 no_command() {
     psa 2>"$tmp/stderr" >"$tmp/stdout"
     [ $? -eq 2 ] && [ ! -s "$tmp/stdout" ] && grep -q "psa attend" "$tmp/stderr"
@@ -437,22 +416,24 @@ no_command() {
 check "no command" no_command
 check "unknown option" refused "unknown option '--fast'; known: .*--block-q" --fast
 check "a word" refused "unknown option 'fast'" fast
-check "another command's option" rejected "unknown option '--levels'" score $qk --out "$made/s.npy" \
+check "another command's option" rejected "unknown option '--levels'" psa score $qk --out "$made/s.npy" \
     --levels "$tmp/l.npy"
-check "info takes none" rejected "unknown option '--all'" info --all
+check "info takes none" rejected "unknown option '--all'" psa info --all
 check "no value" refused "threads needs a value" --threads
-check "no inputs" rejected "q FILE is required" attend --out "$made/out.npy"
-check "no values" rejected "v FILE is required" attend $qk --out "$made/out.npy"
+check "no inputs" rejected "q FILE is required" psa attend --out "$made/out.npy"
+check "no values" rejected "v FILE is required" psa attend $qk --out "$made/out.npy"
 for command in "attend $d64" "score $qk" "mask --scores $golden/mask/scores.npy" "order --order tile --grid 2,2,2"; do
-    check "${command%% *}: no --out" rejected "out FILE is required" $command
+    check "${command%% *}: no --out" rejected "out FILE is required" psa $command
 done
-check "mask: no scores" rejected "scores FILE is required" mask --out "$made/l.npy"
-check "mask: cap without keys" rejected "sim-min needs --k" mask --scores "$golden/mask/scores.npy" --sim-min .5 \
+check "mask: no scores" rejected "scores FILE is required" psa mask --out "$made/l.npy"
+check "mask: cap without keys" rejected "sim-min needs --k" psa mask --scores "$golden/mask/scores.npy" --sim-min .5 \
     --out "$made/l.npy"
-check "order: none" rejected "order gilbert or --order tile" order --grid 2,2,2 --out "$made/o.npy"
-check "order: semantic" rejected "order gilbert or --order tile" order --order semantic --grid 2,2,2 --out "$made/o.npy"
-check "order: no grid" rejected "grid T,H,W is required" order --order gilbert --out "$made/o.npy"
-check "order: too many tokens" rejected "too many tokens" order --order gilbert --grid 65536,65536,2 --out "$made/o.npy"
+check "order: none" rejected "order gilbert or --order tile" psa order --grid 2,2,2 --out "$made/o.npy"
+check "order: semantic" rejected "order gilbert or --order tile" psa order --order semantic --grid 2,2,2 --out \
+    "$made/o.npy"
+check "order: no grid" rejected "grid T,H,W is required" psa order --order gilbert --out "$made/o.npy"
+check "order: too many tokens" rejected "too many tokens" psa order --order gilbert --grid 65536,65536,2 --out \
+    "$made/o.npy"
 check "a grid that is not N" refused "with 0 prefix and 0 suffix tokens it does not make N = 512" --order gilbert \
     --grid 8,8,7
 check "orders are not causal" refused "causal" --causal --order gilbert --grid 8,8,8
@@ -517,7 +498,7 @@ done <<EOF
 --preset none
 EOF
 check "--sample with no text" refused "sample '': expected" --sample ""
-check "--out with no text" rejected "out '': expected FILE" attend $d64 --out ""
+check "--out with no text" rejected "out '': expected FILE" psa attend $d64 --out ""
 
 echo "# settings that the library rejects"
 while read -r what options; do
@@ -608,23 +589,25 @@ check "an int32 level beyond all" refused "map.npy: level 50331648; expected 0 o
     --levels "$tmp/map.npy"
 levels_file "<f4" "2, 4, 2" "$tmp/32" "$tmp/32"
 check "float32 levels" refused "map.npy: element type '<f4'; expected uint8 or int32" --levels "$tmp/map.npy"
-check "uint8 scores" rejected "element type '|u1'; expected float32" mask --out "$made/l.npy" \
+check "uint8 scores" rejected "element type '|u1'; expected float32" psa mask --out "$made/l.npy" \
     --scores "$golden/attention/d64_levels.npy"
-check "scores for keys of another batch" rejected "batch size B is 1; expected 3" mask --out "$made/l.npy" \
+check "scores for keys of another batch" rejected "batch size B is 1; expected 3" psa mask --out "$made/l.npy" \
     --scores "$golden/mask/scores.npy" --k "$golden/similarity/k.npy"
-check "scores for other blocks" rejected "shape \[1,1,4,4\]; expected .* = \[1,1,4,8\]" mask --out "$made/l.npy" \
+check "scores for other blocks" rejected "shape \[1,1,4,4\]; expected .* = \[1,1,4,8\]" psa mask --out "$made/l.npy" \
     --scores "$golden/score_sample/score_128_128.npy" --k "$golden/score_sample/k.npy"
 
 echo "# outputs"
-check "no such folder" rejected "cannot write: No such file" attend $d64 --out "$made/none/out.npy"
-check "a file for a folder" rejected "cannot write: Not a directory" score $qk --out README.md/s.npy
-check "a folder" rejected "cannot write: not a regular file" order --order gilbert --grid 2,2,2 --out "$tmp"
-check "a device" rejected "cannot write: not a regular file" mask --scores "$golden/mask/scores.npy" --out /dev/null
+check "no such folder" rejected "cannot write: No such file" psa attend $d64 --out "$made/none/out.npy"
+check "a file for a folder" rejected "cannot write: Not a directory" psa score $qk --out README.md/s.npy
+check "a folder" rejected "cannot write: not a regular file" psa order --order gilbert --grid 2,2,2 --out "$tmp"
+check "a device" rejected "cannot write: not a regular file" psa mask --scores "$golden/mask/scores.npy" --out /dev/null
 check "two outputs of one name" refused "two outputs have this name" --png "$made/out.npy"
 check "two outputs of one name, spelt differently" refused "two outputs have this name" --png "$made/./out.npy"
 for option in --lse --save-scores --save-levels --stats --png; do
-    check "$option cannot be written" rejected "/none/x: cannot write" attend $d64 --out "$made/out.npy" $option /none/x
-    check "$option cannot be created" rejected "/proc/x: cannot write" attend $d64 --out "$made/out.npy" $option /proc/x
+    check "$option cannot be written" rejected "/none/x: cannot write" psa attend $d64 --out "$made/out.npy" $option \
+        /none/x
+    check "$option cannot be created" rejected "/proc/x: cannot write" psa attend $d64 --out "$made/out.npy" $option \
+        /proc/x
 done
 echo old >"$tmp/old.npy"
 survives() {
