@@ -785,11 +785,12 @@ typedef struct psa__leaves {
     /* Scoring. Over n keys, for every lane: bm = max s and, if bs is not NULL, bs = sum of exp2(s - bm).
      * NaN counts as not seen; bm of a lane that sees nothing is -BIG. */
     void (*block_max)(int nv, const float *s, int64_t n, const int32_t *first, float *bm, float *bs);
-    /* score[j], j < n, from bm and bs [n][lanes]: with m a lane's maximum over all j, the maximum of exp2(bm - m) or
-     * the sum of bs * exp2(bm - m) over the first n_lanes lanes, with norm divided by the lane's softmax
-     * denominator. bs may be NULL for a maximum without norm. m[lanes], z[lanes]: scratch. */
-    void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t n, const float *bm, const float *bs, int use_max, int norm,
-                     float *m, float *z, float *score);
+    /* From bm and bs [n][lanes]: with m a lane's maximum over all j < n, score[j] is the maximum of exp2(bm - m) or the
+     * sum of bs * exp2(bm - m) over `each` lanes, with norm divided by the lane's softmax denominator; the next `each`
+     * lanes make the next row of scores, n_row further on, up to n_lanes. bs may be NULL for a maximum without norm.
+     * m[lanes], z[lanes]: scratch. each: all lanes, or a power of two below 16. */
+    void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm, const float *bs,
+                     int use_max, int norm, float *m, float *z, float *score, int64_t n_row);
 
     /* Denormals off on this thread; the return value brings the caller's mode back. */
     unsigned (*denormals_off)(void);
@@ -1474,9 +1475,31 @@ static PSA__TARGET void PSA__(block_max)(int nv, const float *s, int64_t n, cons
     }
 }
 
-static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t n, const float *bm, const float *bs,
-                                        int use_max, int norm, float *m, float *z, float *score)
+/* For W blocks from j on: the maximum or sum of their masses, over the vectors of up to `span` lanes from `first` on.
+ * Lane x of the result's vector i belongs to block x and to the lanes first + i, first + i + W, ... */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(mass)(int64_t lanes, int64_t first, int64_t span, int64_t j, int64_t n,
+                                                const float *bm, const float *bs, int use_max, const float *m,
+                                                const float *z, PSA__V *total)
 {
+    for (int x = 0; x < PSA__W; x++) {
+        int64_t row = psa__min(j + x, n - 1) * lanes;
+        PSA__V sum = PSA__(splat)(0.0f);
+        for (int64_t i = first; i < psa__min(first + span, lanes); i += PSA__W) {
+            PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + row + i), PSA__(load)(m + i)));
+            e = PSA__(mul)(e, PSA__(load)(z + i));
+            if (!use_max) e = PSA__(mul)(e, PSA__(load)(bs + row + i));
+            sum = use_max ? PSA__(max)(e, sum) : PSA__(add)(e, sum);
+        }
+        total[x] = sum;
+    }
+    PSA__(transpose)(total);
+}
+
+static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm,
+                                        const float *bs, int use_max, int norm, float *m, float *z, float *score,
+                                        int64_t n_row)
+{
+    int64_t span = psa__max(each, PSA__W), side = psa__min(each, PSA__W); /* lanes, vectors of a row */
     for (int64_t i = 0; i < lanes; i += PSA__W) {
         PSA__V top = PSA__(splat)(-PSA__BIG), sum = PSA__(splat)(0.0f);
         for (int64_t j = 0; j < n; j++) top = PSA__(max)(PSA__(load)(bm + j * lanes + i), top);
@@ -1488,26 +1511,20 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
         PSA__(store)(z + i, sum);
     }
     for (int64_t i = 0; i < lanes; i++) z[i] = i >= n_lanes || m[i] <= -PSA__BIG ? 0.0f : norm ? 1.0f / z[i] : 1.0f;
-    for (int64_t j = 0; j < n; j += PSA__W) { /* PSA__W blocks at a time, so that their lanes add up side by side */
-        PSA__V total[PSA__W];
-        float side[PSA__W];
-        for (int x = 0; x < PSA__W; x++) {
-            int64_t row = psa__min(j + x, n - 1) * lanes;
-            PSA__V sum = PSA__(splat)(0.0f);
-            for (int64_t i = 0; i < lanes; i += PSA__W) {
-                PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + row + i), PSA__(load)(m + i)));
-                e = PSA__(mul)(e, PSA__(load)(z + i));
-                if (!use_max) e = PSA__(mul)(e, PSA__(load)(bs + row + i));
-                sum = use_max ? PSA__(max)(e, sum) : PSA__(add)(e, sum);
+    for (int64_t j = 0; j < n; j += PSA__W) {
+        for (int64_t first = 0; first < lanes; first += span) {
+            PSA__V total[PSA__W];
+            float block[PSA__W];
+            PSA__(mass)(lanes, first, span, j, n, bm, bs, use_max, m, z, total);
+            for (int64_t v = 0; v < PSA__W && first + v < n_lanes; v += side) {
+                float *row = score + (first + v) / each * n_row + j;
+                for (int64_t i = v + 1; i < v + side; i++) {
+                    total[v] = use_max ? PSA__(max)(total[i], total[v]) : PSA__(add)(total[i], total[v]);
+                }
+                PSA__(store)(block, total[v]);
+                for (int64_t x = 0; x < psa__min(PSA__W, n - j); x++) row[x] = block[x];
             }
-            total[x] = sum;
         }
-        PSA__(transpose)(total);
-        for (int x = 1; x < PSA__W; x++) {
-            total[0] = use_max ? PSA__(max)(total[x], total[0]) : PSA__(add)(total[x], total[0]);
-        }
-        PSA__(store)(side, total[0]);
-        for (int64_t x = 0; x < psa__min(PSA__W, n - j); x++) score[j + x] = side[x];
     }
 }
 
@@ -1969,13 +1986,20 @@ static int psa__processors(void)
 /* Query lanes are padded to whole vectors; 16 is a multiple of every instruction set's vector. */
 static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
 
-/* Query vectors that score one query block, padded. */
+/* Query blocks that are scored together: as many as fill 16 lanes, if each takes a power of two. */
+static int64_t psa__score_together(const psa_plan *p)
+{
+    int64_t groups = p->desc.block_q / p->desc.score_group[0];
+    return p->desc.score == PSA_SCORE_POOLED && 16 % groups == 0 ? 16 / groups : 1;
+}
+
+/* Query vectors that score the query blocks that go together, padded. */
 static int64_t psa__score_lanes(const psa_plan *p)
 {
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE: return psa__pad_lanes(p->n_sample_q);
     case PSA_SCORE_ANTIDIAGONAL: return psa__pad_lanes(p->desc.block_q / p->desc.stride);
-    case PSA_SCORE_POOLED: return psa__pad_lanes(p->desc.block_q / p->desc.score_group[0]);
+    case PSA_SCORE_POOLED: return psa__pad_lanes(p->desc.block_q / p->desc.score_group[0] * psa__score_together(p));
     case PSA_SCORE_EXACT: break;
     }
     return psa__pad_lanes(p->desc.block_q);
@@ -1997,7 +2021,7 @@ typedef struct psa__scratch {
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
 
-    float *score;        /* [nk] one row of the score map */
+    float *score;        /* [nk] rows of the score map that are made together */
     uint32_t *rank[2];   /* [nk] blocks in rank order, and sorting space */
     uint32_t *key[2];    /* [nk] sort keys */
 } psa__scratch;
@@ -2029,7 +2053,7 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
     s.bm = (float *)(b + psa__take(&at, pairs, f));
     s.bs = (float *)(b + psa__take(&at, pairs, f));
-    s.score = (float *)(b + psa__take(&at, scored ? nk : 0, f));
+    s.score = (float *)(b + psa__take(&at, scored ? psa__mul(nk, (size_t)psa__score_together(p)) : 0, f));
     for (int i = 0; i < 2; i++) {
         s.rank[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
         s.key[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
@@ -2349,11 +2373,13 @@ static void psa__mean_query(const psa_plan *p, const void *q, int64_t b, int64_t
     p->leaves->scale(mean, 1.0f / (float)n, p->D);
 }
 
-/* The query vectors that score block iq go to w->rows, the token each stands for to w->lane_token. Returns their
- * number. ANTIDIAGONAL: vectors are groups of stride tokens, reversed, side by side; missing tokens are zero. */
-static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t iq, psa__scratch *w)
+/* The query vectors that score block iq go to w->rows from `lanes` on, the token each stands for to w->lane_token.
+ * Returns the lanes in use. ANTIDIAGONAL: vectors are groups of stride tokens, reversed, side by side; missing tokens
+ * are zero. */
+static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t iq, int64_t lanes,
+                                  psa__scratch *w)
 {
-    int64_t first = iq * p->desc.block_q, n = psa__block_q_rows(p, iq), d = p->D, lanes = 0;
+    int64_t first = iq * p->desc.block_q, n = psa__block_q_rows(p, iq), d = p->D;
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE:
         for (int64_t i = 0; i < p->n_sample_q; i++) {
@@ -2510,49 +2536,55 @@ static void psa__normalise(float *row, int64_t n)
     for (int64_t j = 0; j < n; j++) row[j] = sum > 0 ? (float)(row[j] * (1 / sum)) : 1.0f / (float)n;
 }
 
-/* One row of the score map: block pairs (iq, 0..nk) of a head. */
-static void psa__score_row(const psa_plan *p, const void *q, const void *k, const char *base, int64_t b, int64_t h,
-                           int64_t iq, psa__scratch *w, float *row)
+/* Rows iq .. iq+m-1 of a head's score map, which go together. */
+static void psa__score_rows(const psa_plan *p, const void *q, const void *k, const char *base, int64_t b, int64_t h,
+                            int64_t iq, int64_t m, psa__scratch *w, float *row)
 {
     const psa_desc *desc = &p->desc;
-    int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq), hkv = h / (p->Hq / p->Hkv);
-    int64_t lanes = psa__score_queries(p, q, b, h, iq, w), padded, d = p->D;
+    int64_t n = psa__n_visible(p, iq + m - 1), whole = psa__n_whole(p, iq), hkv = h / (p->Hq / p->Hkv), d = p->D;
+    int64_t lanes = 0, padded, batch = psa__score_batch(p), together = psa__score_together(p);
     int sample = desc->score == PSA_SCORE_SAMPLE, use_max = sample && !desc->score_mean;
     int norm = !sample || desc->score_norm, sums = norm || !use_max;
     float scale = (float)(desc->scale * PSA__LOG2E);
-    psa__tiles tiles = psa__tiles_of(p->leaves, lanes);
+    psa__tiles tiles;
+    for (int64_t x = 0; x < m; x++) lanes = psa__score_queries(p, q, b, h, iq + x, lanes, w);
+    tiles = psa__tiles_of(p->leaves, lanes);
     if (desc->score == PSA_SCORE_ANTIDIAGONAL) {
         d *= desc->stride;
         scale /= (float)desc->stride;
     }
     padded = psa__pack_queries(p, w, &tiles, lanes, d, scale);
-    for (int64_t jk = 0, batch = psa__score_batch(p); jk < n; jk += batch) {
-        int64_t blocks = psa__min(batch, n - jk);
-        psa__score_blocks(p, k, base, b, hkv, jk, blocks, whole, &tiles, lanes, padded, sums, w);
+    for (int64_t jk = 0; jk < n; jk += batch) {
+        psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
-    p->leaves->row_mass(padded, lanes, n, w->bm, sums ? w->bs : NULL, use_max, norm, w->m, w->l, row);
+    p->leaves->row_mass(padded, lanes, together > 1 ? 16 / together : padded, n, w->bm, sums ? w->bs : NULL, use_max,
+                        norm, w->m, w->l, row, p->nk);
     for (int64_t jk = 0; sample && !use_max && jk < n; jk++) row[jk] /= (float)psa__max(w->rank[0][jk], 1);
-    psa__normalise(row, n);
-    for (int64_t jk = n; jk < p->nk; jk++) row[jk] = 0.0f;
+    for (int64_t x = 0; x < m; x++, row += p->nk) {
+        int64_t seen = psa__n_visible(p, iq + x);
+        psa__normalise(row, seen);
+        for (int64_t jk = seen; jk < p->nk; jk++) row[jk] = 0.0f;
+    }
 }
 
 PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores, int ith,
                               int nth)
 {
     psa_result r = psa__check_stage(plan, work, ith, nth);
-    int64_t begin, end;
+    int64_t begin, end, together;
     unsigned mode;
     psa__scratch w;
     if (r != PSA_OK) return r;
     if (plan->desc.mask == PSA_MASK_DENSE) return PSA_OK;
     if (!q || !k || !scores) return psa__fail(&plan->desc, PSA_ERR_NULL, "q, k and scores must not be NULL");
     w = psa__scratch_of(plan, work, ith);
-    psa__share(plan->B * plan->Hq * plan->nq, ith, nth, &begin, &end);
+    together = psa__score_together(plan);
+    psa__share(plan->B * plan->Hq * psa__ceil_div(plan->nq, together), ith, nth, &begin, &end);
     mode = plan->leaves->denormals_off();
     for (int64_t task = begin; task < end; task++) {
-        int64_t iq = task % plan->nq, head = task / plan->nq;
-        float *row = scores + task * plan->nk;
-        psa__score_row(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq, &w, row);
+        int64_t tasks = psa__ceil_div(plan->nq, together), iq = task % tasks * together, head = task / tasks;
+        psa__score_rows(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq,
+                        psa__min(together, plan->nq - iq), &w, scores + (head * plan->nq + iq) * plan->nk);
     }
     plan->leaves->denormals_restore(mode);
     return PSA_OK;
@@ -2641,7 +2673,7 @@ static int psa__topk_ends(const psa_plan *p, int64_t n, int64_t end[PSA_MAX_LEVE
 /* Position in rank order to level. */
 static void psa__mask_topk(const psa_plan *p, psa__scratch *w, const float *score, int64_t n, uint8_t *level)
 {
-    int64_t end[PSA_MAX_LEVELS], position = 0;
+    int64_t end[PSA_MAX_LEVELS] = {0}, position = 0;
     int ends = psa__topk_ends(p, n, end);
     const uint32_t *rank = psa__rank(w, score, n, end[ends - 1]);
     memset(level, 0, (size_t)n);
@@ -3546,20 +3578,23 @@ static void psa__call_pool(void *ctx, int ith, int nth)
     psa_pool(c->plan, c->k, c->v, c->work, ith, nth);
 }
 
-/* psa_score and psa_mask in one pass, so that only one row of scores per thread is ever held. */
+/* psa_score and psa_mask in one pass, so that only a few rows of scores per thread are ever held. */
 static void psa__call_levels(void *ctx, int ith, int nth)
 {
     psa__call *c = (psa__call *)ctx;
     const psa_plan *p = c->plan;
     psa__scratch w = psa__scratch_of(p, c->work, ith);
     unsigned mode = p->leaves->denormals_off();
-    int64_t begin, end;
-    psa__share(p->B * p->Hq * p->nq, ith, nth, &begin, &end);
+    int64_t together = psa__score_together(p), tasks = psa__ceil_div(p->nq, together), begin, end;
+    psa__share(p->B * p->Hq * tasks, ith, nth, &begin, &end);
     for (int64_t task = begin; task < end; task++) {
-        int64_t iq = task % p->nq, head = task / p->nq, b = head / p->Hq, h = head % p->Hq;
-        float *row = c->scores ? c->scores + task * p->nk : w.score;
-        psa__score_row(p, c->q, c->k, psa__align(c->work), b, h, iq, &w, row);
-        psa__mask_row(p, row, psa__cap_of(p, c->work, b, h), iq, &w, c->levels + task * p->nk);
+        int64_t iq = task % tasks * together, m = psa__min(together, p->nq - iq), head = task / tasks;
+        int64_t b = head / p->Hq, h = head % p->Hq, at = (head * p->nq + iq) * p->nk;
+        float *row = c->scores ? c->scores + at : w.score;
+        psa__score_rows(p, c->q, c->k, psa__align(c->work), b, h, iq, m, &w, row);
+        for (int64_t x = 0; x < m; x++) {
+            psa__mask_row(p, row + x * p->nk, psa__cap_of(p, c->work, b, h), iq + x, &w, c->levels + at + x * p->nk);
+        }
     }
     p->leaves->denormals_restore(mode);
 }

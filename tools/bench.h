@@ -196,11 +196,11 @@ static psa_desc count_desc(const bench *b, int64_t n) {
 static void linear_group(bench *b, int64_t n, int64_t d) {
     (void)n; /* all of them, side by side */
     enum { EACH = CHOICE_ROWS + 2 };
-    psa_desc desc = count_desc(b, b->n[0]);
     int base = 0;
     while (base < b->n_n - 1 && b->n[base] < 16384)
         base++;
     base = b->n[base] < 16384 ? 0 : base;
+    psa_desc desc = count_desc(b, b->n[base]);
     for (int i = 0; i < b->n_n; i++) {
         bench_input *in = add_input(b, one_type(b), b->n[i], b->n[i], d);
         run *stages = add_run(b, in, &desc);
