@@ -59,8 +59,9 @@ deps:
 	    $$as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
 demo: $B/classify
-	$B/classify examples/data/model examples/data/clips --order gilbert --compare
-	$B/classify examples/data/model examples/data/clips/one.mp4 --order gilbert --compare --png $B/demo
+	$B/classify examples/data/model examples/data/clips --order gilbert --score-norm --compare
+	$B/classify examples/data/model examples/data/clips/two.mp4 --order gilbert --score-norm --compare \
+	    --png $B/demo --query 3,0,6,4,10
 	@echo "pictures of what attention read: $B/demo/summary.png, frames.png, levels.png, density.png"
 
 # The test binary goes last: its last line is the result.

@@ -166,6 +166,7 @@ static int run_video(job *j, const char *path, result *r, char *error, size_t er
     for (int i = 0; status == 0 && i < how.clips * how.crops; i++) {
         free(j->clip.pixels);
         clip_cut(&j->clip, &f, r->video_frames, &how, i / how.crops, i % how.crops, &j->settings);
+        if (i == how.clips * how.crops - 1) film_free(&f);
         if (i == 0) r->read_seconds = now() - start;
         run_clip(j, &j->clip, r);
     }

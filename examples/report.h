@@ -11,6 +11,12 @@ static double peak_memory(void) {
     return 1024.0 * (double)usage.ru_maxrss;
 }
 
+/* The most that a clip took, its pixels among them. */
+static double activation_bytes(const job *j) {
+    const clip *c = &j->clip;
+    return (double)j->encoder.bytes + 3.0 * sizeof *c->pixels * c->frames * c->height * c->width;
+}
+
 /* ---- text ------------------------------------------------------------------------------------------------------- */
 
 static void print_header(const job *j) {
@@ -70,7 +76,7 @@ static void print_text(const job *j) {
     if (j->in.psa.compare && j->n_results > 1)
         printf("\ntop-1 agrees on %d of %zu inputs\n", count_agreeing(j), j->n_results);
     printf("\nmemory: %.1f MB at most; weights %.1f MB, activations %.1f MB\n", 1e-6 * peak_memory(),
-           1e-6 * (double)checkpoint_bytes(&j->m.weights), 1e-6 * (double)j->encoder.bytes);
+           1e-6 * (double)checkpoint_bytes(&j->m.weights), 1e-6 * activation_bytes(j));
 }
 
 /* ---- JSON ------------------------------------------------------------------------------------------------------- */
@@ -122,7 +128,7 @@ static void json_memory(cJSON *parent, const job *j) {
     cJSON *object = cJSON_AddObjectToObject(parent, "memory");
     cJSON_AddNumberToObject(object, "peak_bytes", peak_memory());
     cJSON_AddNumberToObject(object, "weights_bytes", (double)checkpoint_bytes(&j->m.weights));
-    cJSON_AddNumberToObject(object, "activations_bytes", (double)j->encoder.bytes);
+    cJSON_AddNumberToObject(object, "activations_bytes", activation_bytes(j));
 }
 
 static void print_json(const job *j) {

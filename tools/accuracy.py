@@ -3,11 +3,11 @@
 
     make build/classify build/clips && python3 tools/accuracy.py [--limit 2000] [--densities .3,.2,.15,.1]
 
-Every row of the table changes one thing of the base: top-k levels 1, 2, 8, sampled scores, Gilbert order. Every column
-is a density, which all rows meet: the mask's shares or thresholds are scaled until the mean density of the first clips
-is the column's. Cells: top-1 in percent, the difference from dense on the same clips with its 95 % interval (paired),
-KL(dense || row) in nats. Needs numpy. Logits stay in build/accuracy: a row that is there already is not run again, so a
-table can be made in parts."""
+Every row of the table changes one thing of the base: top-k levels 1, 2, 8, sampled scores divided by the softmax
+denominator, Gilbert order. Every column is a density, which all rows meet: the mask's shares or thresholds are scaled
+until the mean density of the first clips is the column's. Cells: top-1 in percent, the difference from dense on the
+same clips with its 95 % interval (paired), KL(dense || row) in nats. Needs numpy. Logits stay in build/accuracy: a row
+that is there already is not run again, so a table can be made in parts."""
 
 import argparse
 import csv
@@ -24,6 +24,7 @@ THRESHOLD = (0.4, 0.5, 0.6, 0.8)
 CALIBRATION_CLIPS = 16
 
 GILBERT = ("--order", "gilbert")
+BASE = GILBERT + ("--score-norm",)
 
 
 def topk(scale):
@@ -41,17 +42,19 @@ def threshold(scale):
 
 # name, mask(scale), further options
 ROWS = [
-    ("PSA: top-k, sampled scores, Gilbert order", topk, GILBERT),
-    ("threshold", threshold, GILBERT),
-    ("similarity cap", topk, GILBERT + ("--sim-min", ".75,.7,.7")),
-    ("block means for skipped blocks", topk, GILBERT + ("--skip-mean",)),
+    ("PSA: top-k, sampled softmax scores, Gilbert order", topk, BASE),
+    ("threshold", threshold, BASE),
+    ("similarity cap", topk, BASE + ("--sim-min", ".75,.7,.7")),
+    ("block means for skipped blocks", topk, BASE + ("--skip-mean",)),
+    ("KV blocks of 32", topk, BASE + ("--block-k", "32")),
+    ("sampled scores without the denominator", topk, GILBERT),
     ("antidiagonal scores", topk, GILBERT + ("--score", "antidiagonal")),
     ("block mean scores", topk, GILBERT + ("--score", "pooled")),
     ("exact scores (bound)", topk, GILBERT + ("--score", "exact")),
-    ("no order", topk, ()),
-    ("binary", binary, GILBERT),
-    ("binary, block means for skipped blocks", binary, GILBERT + ("--skip-mean",)),
-    ("binary, no order", binary, ()),
+    ("no order", topk, ("--score-norm",)),
+    ("binary", binary, BASE),
+    ("binary, block means for skipped blocks", binary, BASE + ("--skip-mean",)),
+    ("binary, no order", binary, ("--score-norm",)),
 ]
 
 
@@ -93,9 +96,10 @@ class Study:
     def calibrate(self, mask, options, density):
         """The scale at which the mean density is the one asked for."""
         lo, hi = 0.02, 8.0
+        clips = CALIBRATION_CLIPS if mask is threshold or "--sim-min" in options else 1  # shares cost the same everywhere
         for _ in range(12):
             middle = (lo * hi) ** 0.5
-            found = self.classify(mask(middle) + options, CALIBRATION_CLIPS)["psa"]["density"]
+            found = self.classify(mask(middle) + options, clips)["psa"]["density"]
             if abs(found / density - 1) < 0.005:
                 return middle
             lo, hi = (middle, hi) if found < density else (lo, middle)

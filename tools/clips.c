@@ -236,7 +236,7 @@ static void make_scene(scene *sc, uint64_t seed) {
     send(sc, &sc->sprites[s->others], sc->label % WAYS, length, s->size * between(&sc->random, -0.05, 0.05));
     for (int i = 0; i < s->bars; i++) {
         bar *b = &sc->bars[i];
-        double middle = s->size * between(&sc->random, 0.2, 0.8), half = s->size * between(&sc->random, 0.03, 0.06);
+        double middle = s->size * between(&sc->random, 0.2, 0.8), half = s->size * between(&sc->random, 0.015, 0.035);
         b->vertical = whole(&sc->random, 2);
         b->first = (int)(middle - half);
         b->end = (int)(middle + half) + 1;

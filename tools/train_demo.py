@@ -7,7 +7,8 @@
 The clips come from build/clips, so no data has to be fetched. A model that starts on the full clips learns nothing for
 a long time; it learns on short ones in minutes. So: small clips with one digit, then more digits, then more space and
 time, each stage from where the last one ended. After the fourth the model sees which way a digit went nearly always,
-and which digit it was three times in four: the fifth is many small clips of large digits. Then space and time again.
+and which digit it was three times in four: the fifth is many small clips of large digits, then come space and time.
+The ninth to eleventh do the same again, longer.
 
 A stage that ended is kept in DIRECTORY/stage-N.pt until all are done; the same command goes on from there."""
 
@@ -47,7 +48,9 @@ STAGES = [
     dict(shapes=[dict(size=SIZE, frames=8, digit=28, **FULL)], batch=16, steps=300, rate=8e-4, warmup=30),
     dict(shapes=[dict(size=SIZE, frames=8, digit=28, **FULL)], batch=16, steps=480, rate=8e-4, warmup=30),
     dict(shapes=[dict(size=SIZE, frames=8, digit=28, travel=6, **FULL)], batch=16, steps=440, rate=8e-4, warmup=20),
-    dict(shapes=[dict(size=SIZE, frames=FRAMES, digit=28, **FULL)], batch=8, steps=60, rate=1.5e-4, warmup=8),
+    dict(shapes=[dict(size=64, frames=4, digit=28, **NEAR)], batch=64, steps=1800, rate=1.2e-3, warmup=50),
+    dict(shapes=[dict(size=SIZE, frames=8, digit=28, travel=6, **FULL)], batch=16, steps=720, rate=8e-4, warmup=20),
+    dict(shapes=[dict(size=SIZE, frames=FRAMES, digit=28, **FULL)], batch=8, steps=84, rate=1.5e-4, warmup=8),
 ]
 
 
