@@ -108,8 +108,9 @@ class Study:
     def row(self, mask, options, density):
         path = self.cache_path(mask.__name__, options, density) + ".scale"
         if not os.path.exists(path):
+            scale = self.calibrate(mask, options, density)
             with open(path, "w") as f:
-                f.write(repr(self.calibrate(mask, options, density)))
+                f.write(repr(scale))
         with open(path) as f:
             return self.run(mask(float(f.read())) + options, len(self.labels))
 
