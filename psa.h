@@ -19,7 +19,7 @@
  * CONTENTS (search for the mark)
  *
  *     Manual            OPTIONS  CONCEPTS  SCORES  MASKS  ORDERS  MEMORY  THREADS  NUMERICS  GGML  SOURCES
- *     Declarations      >>config  >>types  >>desc  >>plan  >>stages  >>one-call  >>around
+ *     Declarations      >>config  >>types  >>desc  >>plan  >>stages  >>one-call  >>around  >>cuda
  *     Implementation    >>util  >>convert  >>dispatch  >>leaves  >>validate  >>pool  >>score  >>mask  >>attend
  *                       >>order  >>threads  >>stats  >>presets
  *
@@ -28,6 +28,7 @@
  *     PSA_IMPLEMENTATION   compile the implementation here
  *     PSA_STATIC           everything static: a private copy in this file
  *     PSA_NO_THREADS       no threads of its own; parallel_fn and (ith, nth) still work
+ *     PSA_CUDA             declare the GPU's functions, which are in psa_cuda.cu
  *     PSA_FILENAME         what this file is called, if not "psa.h": it includes itself once per instruction set
  *     PSA_SIMD_EMULATED    for tests: intrinsics are macros of an emulation (SIMDe), every instruction set is "there"
  *
@@ -189,7 +190,12 @@ extern "C" {
     X(PSA_ERR_ISA, "the instruction set is unknown or this CPU does not have it")                                      \
     X(PSA_ERR_THREADS, "threads: need 0 <= ith < nth <= the plan's n_threads")                                         \
     X(PSA_ERR_MEMORY, "the allocator returned NULL")                                                                   \
-    X(PSA_ERR_PRESET, "no preset has this name")
+    X(PSA_ERR_PRESET, "no preset has this name")                                                                       \
+    X(PSA_ERR_CUDA_DEVICE, "CUDA: there is no device, or its compute capability is below 8.0")                         \
+    X(PSA_ERR_CUDA_ALIGN, "CUDA: data and the strides of out must be multiples of 16 bytes")                           \
+    X(PSA_ERR_CUDA_SIZE, "CUDA: too many blocks, or more shared memory than the device has (psa_cuda.cu, LIMITS)")     \
+    X(PSA_ERR_CUDA_WORK, "CUDA: the workspace is smaller than psa_cuda_work_size says")                                \
+    X(PSA_ERR_CUDA_LAUNCH, "CUDA: a launch failed; cudaGetLastError has the reason")
 
 typedef enum psa_result {
 #define PSA__X(name, text) name,
@@ -472,6 +478,35 @@ PSA_API const char *psa_preset_name(int i);                          /* NULL pas
 PSA_API const psa_preset *psa_preset_find(const char *name);         /* NULL if there is none */
 PSA_API psa_result psa_desc_preset(const char *name, psa_desc *desc); /* overwrites *desc */
 PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int height, int width, int grid[3]);
+
+/* ================================================================================================================= */
+/* >>cuda                                                                                                            */
+/* ================================================================================================================= */
+
+/* The same stages on a GPU, in psa_cuda.cu. Plans are those of psa_plan_init; all data pointers and work are device
+ * memory; stream is a cudaStream_t. A call checks its arguments, enqueues kernels and returns: it neither allocates nor
+ * synchronises, and may be captured in a CUDA graph. Token orders: psa_plan_init reads the index arrays on the host;
+ * before the first call point plan.desc.order_q.index and order_k.index at copies in device memory.
+ * Pool comes first, always: it also converts and reorders K and V where that is needed. Then score and mask, or list:
+ * either leaves in work the list of blocks that attend reads. */
+#ifdef PSA_CUDA
+extern size_t psa_cuda_work_size(const psa_plan *plan); /* bytes of work, any alignment */
+extern psa_result psa_cuda_pool(const psa_plan *plan, const void *k, const void *v, void *work, void *stream);
+extern psa_result psa_cuda_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores,
+                                 void *stream);
+/* levels NULL: only the list is wanted */
+extern psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, void *stream);
+/* The list of the caller's own map; NULL: dense. An entry that is no level of the plan is read at level 1. */
+extern psa_result psa_cuda_list(const psa_plan *plan, const uint8_t *levels, void *work, void *stream);
+extern psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const void *k, const void *v, void *work,
+                                  void *out, float *lse, void *stream);
+/* All of them. extra as for psa_attention, with device pointers; stats are not filled in. */
+extern psa_result psa_cuda_attention(const psa_plan *plan, const void *q, const void *k, const void *v, void *out,
+                                     const psa_extra *extra, void *work, size_t work_size, void *stream);
+/* psa_merge on the device. */
+extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_tensor *part, const float *part_lse,
+                                 void *stream);
+#endif
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,1881 @@
+/* psa_cuda.cu - Pyramid Sparse Attention on NVIDIA GPUs: the stages of psa.h as CUDA kernels. MIT licence, as psa.h.
+ *
+ * STATE. This file has not run on hardware yet. It compiles for sm_80 to sm_120 without spills, and every kernel is
+ * compared with the CPU library on an emulator of CUDA threads (tests/cuda). Speed has not been measured at all.
+ *
+ * BUILD
+ *
+ *     nvcc -O3 -std=c++17 -gencode arch=compute_80,code=[sm_80,compute_80] -c psa_cuda.cu
+ *
+ *     One object to link with a program that compiles psa.h with PSA_IMPLEMENTATION somewhere. Needs the CUDA runtime,
+ *     12.0 or later, and nothing else. C declarations: psa.h with PSA_CUDA defined, section >>cuda.
+ *
+ * CALL
+ *
+ *     psa_plan_init(&plan, &desc, &q, &k, &v, &out);               // on the host, from shapes and strides alone
+ *     cudaMalloc(&work, psa_cuda_work_size(&plan));                // once, for as many calls as you like
+ *     psa_cuda_attention(&plan, dq, dk, dv, dout, NULL, work, size, stream);
+ *
+ * DATA FLOW
+ *
+ *     k, v -> pool -> pyramid of means -----------------------------+
+ *     q, k -> score -> importance of block pairs -> mask -> list -> attend -> out, lse
+ *                                       the caller's map -> list ->    |
+ *                                                                      +-> parts -> combine, where queries are few
+ *
+ *     The list of a query block: how many KV blocks it reads at levels 1, 2, 4, ..., then their indices, level by
+ *     level. Read one after the other, a block at level L as block_k/L rows, they are one stream of rows; attend cuts
+ *     it into tiles. A tile mixes blocks and levels, and a block costs what its level says.
+ *
+ * CONTENTS   >>device  >>job  >>pool  >>score  >>mask  >>attend  >>combine  >>host
+ *
+ * LIMITS
+ *
+ *     Compute capability 8.0 or later. K and V are read as f16 if k is f16, else as bf16, with f32 sums: f32 inputs are
+ *     converted on the way (k and v into work, by pool). Means are stored in that type too. Data pointers and the
+ *     strides of out are multiples of 16 bytes. At most 65535 KV blocks, 8192 where they are ranked; ANTIDIAGONAL
+ *     needs stride * D, D rounded up to 64, 128 or 256, up to 1024; up to 4096 where a block may have 227 KB of shared
+ *     memory. Otherwise as psa.h, but for two
+ *     things: an entry of a caller's map that is no level counts as level 1 (the device cannot report it), and Inf or
+ *     NaN in V may reach query rows of the same block from which causality hides that key.
+ */
+
+#define PSA_CUDA
+#include "psa.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ================================================================================================================= */
+/* >>device: everything that only a GPU has. tests/cuda/emu.h has the same functions for the CPU.                    */
+/* ================================================================================================================= */
+
+#ifdef PSA_CUDA_EMULATED
+#include "emu.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define PSA__WRAP static __device__ __forceinline__
+
+struct psa__bf16 {};
+struct psa__f16 {};
+
+/* Shared memory is one dynamic block; addresses in it are offsets from here. */
+extern __shared__ __align__(1024) unsigned char psa__shared[];
+
+PSA__WRAP uint32_t psa__address(uint32_t offset)
+{
+    return (uint32_t)__cvta_generic_to_shared(psa__shared) + offset;
+}
+
+template <class V> PSA__WRAP V psa__lds(uint32_t offset) { return *reinterpret_cast<const V *>(psa__shared + offset); }
+template <class V> PSA__WRAP void psa__sts(uint32_t offset, const V &v)
+{
+    *reinterpret_cast<V *>(psa__shared + offset) = v;
+}
+
+PSA__WRAP void psa__barrier() { __syncthreads(); }
+PSA__WRAP void psa__sync_warp() { __syncwarp(); }
+
+/* 16 bytes from global to shared memory, or zeros; they are there after commit and wait<N>, which leaves the last N
+ * groups under way, and for other threads after a barrier too. */
+PSA__WRAP void psa__cp_async(uint32_t to, const void *from, bool exists)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(psa__address(to)), "l"(from),
+                 "r"(exists ? 16 : 0)
+                 : "memory");
+}
+PSA__WRAP void psa__cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> PSA__WRAP void psa__cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+/* Four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i. */
+PSA__WRAP void psa__ldmatrix(uint32_t (&r)[4], uint32_t offset)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(psa__address(offset))
+                 : "memory");
+}
+PSA__WRAP void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(psa__address(offset))
+                 : "memory");
+}
+
+/* c[16][8] += a[16][16] b[16][8]. Lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of c. */
+#define PSA__MMA(type)                                                                                                 \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+                 "{%0,%1,%2,%3};"                                                                                      \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+PSA__WRAP void psa__mma(psa__bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    PSA__MMA("bf16");
+}
+PSA__WRAP void psa__mma(psa__f16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    PSA__MMA("f16");
+}
+
+PSA__WRAP uint32_t psa__pack(psa__bf16, float low, float high)
+{
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&x);
+}
+PSA__WRAP uint32_t psa__pack(psa__f16, float low, float high)
+{
+    __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&x);
+}
+PSA__WRAP float psa__to_float(psa__bf16, uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+PSA__WRAP float psa__to_float(psa__f16, uint16_t h) { return __half2float(__ushort_as_half(h)); }
+PSA__WRAP float psa__as_float(uint32_t u) { return __uint_as_float(u); }
+PSA__WRAP uint32_t psa__as_bits(float x) { return __float_as_uint(x); }
+
+template <class V> PSA__WRAP V psa__shuffle(V v, int from) { return __shfl_sync(~0u, v, from); }
+template <class V> PSA__WRAP V psa__shuffle_xor(V v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+PSA__WRAP uint32_t psa__ballot(bool x) { return __ballot_sync(~0u, x); }
+
+PSA__WRAP float psa__exp2(float x) /* one MUFU; denormal results are 0 */
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Hides from the compiler what x is: it would compute the addresses of all steps before the loop and spill them. */
+PSA__WRAP uint32_t psa__opaque(uint32_t x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+template <class J>
+static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int threads, size_t shared, void *stream,
+                                const J &job)
+{
+    J copy = job;
+    void *args[1] = {&copy};
+    const void *f = reinterpret_cast<const void *>(kernel);
+    cudaError_t e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (e != cudaSuccess) return e;
+    return cudaLaunchKernel(f, dim3(x, y), dim3((unsigned)threads), args, shared, (cudaStream_t)stream);
+}
+#endif
+
+#define PSA__DEVICE static __device__ __forceinline__
+#define PSA__INF (__builtin_huge_valf())
+
+/* ================================================================================================================= */
+/* >>job: what a kernel is told                                                                                      */
+/* ================================================================================================================= */
+
+constexpr int PSA__THREADS = 128;              /* of every kernel: four warps */
+constexpr int PSA__WARPS = PSA__THREADS / 32;
+constexpr uint32_t PSA__NONE = 0xffffffffu;    /* a stream row that does not exist */
+constexpr uint32_t PSA__POOLED = 0x80000000u;  /* a stream row that is a pooled one; the rest is its number */
+constexpr int PSA__MAX_RANKED = 8192;          /* blocks that mask sorts: 64 KB of keys */
+constexpr float PSA__LOWEST = -3.402823466e+38f;         /* a finite stand-in for -inf as a running maximum */
+constexpr float PSA__BIG = 10633823966279326983230456482242756608.0f; /* 2^123: scoring clamps its logits to +-BIG */
+constexpr float PSA__RESCALE = 8.0f;           /* accumulators are rescaled when a maximum grew by more than 2^8 */
+constexpr float PSA__LOG2E = 1.44269504088896340736f, PSA__LN2 = 0.69314718055994530942f;
+
+struct psa__view { /* a tensor; row (b, h, i) lies at data + b*nb3 + h*nb2 + i*nb1 */
+    char *data;
+    int64_t nb1, nb2, nb3;
+    int type;
+    int aligned; /* rows begin at multiples of 16 bytes */
+};
+
+struct psa__index { /* a psa_order; index in device memory, NULL: identity */
+    const int32_t *index;
+    int64_t stride_h, stride_b;
+};
+
+struct psa__job {
+    int B, Hq, Hkv, group, Nq, Nk, D, Dv, nq, nk, block_q, block_k, log2_block_k;
+    int causal, shift;        /* query i stands at token i + shift and sees the tokens up to that one */
+    float scale;              /* positive, includes log2(e): logits are in units of log2 */
+    uint32_t flip;            /* 0x80008000 if the caller's scale is negative: the sign moves to q */
+    psa__view q, k, v, out;
+    psa__view read_k, read_v; /* what score and attend read: k and v, or pool's copies in the right order and type */
+    psa__index order_q, order_k;
+    int copies;               /* pool makes those copies */
+    float *lse;
+
+    int n_levels, level_row[PSA_MAX_LEVELS], pooled_rows; /* rows of a head; see psa_plan */
+    char *pooled_k, *pooled_v; /* T [B][Hkv][pooled_rows][D], [Dv] */
+    uint8_t *cap;              /* [B][Hkv][nk] coarsest level that the similarity cap allows */
+    int n_sim_min;
+    double sim_min[PSA_MAX_LEVELS - 1];
+
+    float *scores;             /* [B][Hq][nq][nk] */
+    int score, lanes, keys;    /* queries that score a query block, keys of a KV block */
+    int columns;               /* a block's keys in the MMA, padded: 8 or a multiple of 16 */
+    int parts;                 /* a lane is this many rows of D side by side: `stride` for ANTIDIAGONAL, else 1 */
+    int lane_tiles;            /* m16 tiles of lanes that are done together */
+    int strip;                 /* KV blocks whose maxima fit into shared memory */
+    int use_max, norm;
+    uint8_t sample_q[PSA_MAX_BLOCK_Q], sample_k[PSA_MAX_BLOCK_K];
+
+    int mask, n_ends, finest, counted, inclusive, sink, diagonal, skip_mean;
+    int64_t n_prefix, n_suffix, count_end[PSA_MAX_LEVELS];
+    double level_end[PSA_MAX_LEVELS], min_full;
+    uint8_t *levels;           /* [B][Hq][nq][nk], NULL for the list of a dense map */
+
+    uint16_t *count;           /* [B][Hq][nq][PSA_MAX_LEVELS] the list: KV blocks at levels 1, 2, 4, ... */
+    uint16_t *index;           /* [B][Hq][nq][nk] and which */
+    int q_tiles;               /* attend: tiles of query rows in a query block */
+    int splits;                /* attend: parts of the stream, each its own CTA */
+    float *part, *part_lse;    /* [splits][B][Hq][Nq][Dv], [splits][B][Hq][Nq] */
+};
+
+struct alignas(16) psa__u4 { /* 16 bytes, moved by one instruction */
+    uint32_t x[4];
+};
+struct alignas(8) psa__f2 {
+    float x, y;
+};
+
+PSA__DEVICE int psa__imin(int a, int b) { return a < b ? a : b; }
+PSA__DEVICE int psa__imax(int a, int b) { return a > b ? a : b; }
+PSA__DEVICE int psa__log2i(int power_of_two) { return (int)(psa__as_bits((float)power_of_two) >> 23) - 127; }
+
+PSA__DEVICE char *psa__row(const psa__view &t, int b, int h, int64_t i)
+{
+    return t.data + b * t.nb3 + h * t.nb2 + i * t.nb1;
+}
+
+PSA__DEVICE int64_t psa__token(const psa__index &o, int b, int h, int i)
+{
+    return o.index ? o.index[b * o.stride_b + h * o.stride_h + i] : i;
+}
+
+PSA__DEVICE int psa__block_q_rows(const psa__job &job, int iq)
+{
+    return psa__imin(job.block_q, job.Nq - iq * job.block_q);
+}
+
+PSA__DEVICE int psa__block_k_rows(const psa__job &job, int jk)
+{
+    return psa__imin(job.block_k, job.Nk - jk * job.block_k);
+}
+
+/* KV blocks that some row of query block iq sees: the first n. */
+PSA__DEVICE int psa__n_visible(const psa__job &job, int iq)
+{
+    int last = iq * job.block_q + psa__block_q_rows(job, iq) - 1 + job.shift;
+    if (!job.causal) return job.nk;
+    return last < 0 ? 0 : psa__imin(last / job.block_k + 1, job.nk);
+}
+
+/* KV blocks that every row sees in full; those between this and n_visible straddle the diagonal. */
+PSA__DEVICE int psa__n_whole(const psa__job &job, int iq)
+{
+    int seen = iq * job.block_q + job.shift + 1;
+    if (!job.causal || seen >= job.Nk) return job.nk;
+    return seen < 0 ? 0 : seen / job.block_k;
+}
+
+/* 8 elements of any type as f32. */
+PSA__DEVICE void psa__load8(float (&x)[8], const char *p, int type, int aligned)
+{
+    if (type == PSA_F32) {
+        if (aligned) {
+            for (int i = 0; i < 2; i++) {
+                psa__u4 u = reinterpret_cast<const psa__u4 *>(p)[i];
+                for (int e = 0; e < 4; e++) x[4 * i + e] = psa__as_float(u.x[e]);
+            }
+        } else {
+            for (int i = 0; i < 8; i++) x[i] = reinterpret_cast<const float *>(p)[i];
+        }
+        return;
+    }
+    psa__u4 u;
+    if (aligned) {
+        u = *reinterpret_cast<const psa__u4 *>(p);
+    } else {
+        const uint16_t *h = reinterpret_cast<const uint16_t *>(p);
+        for (int i = 0; i < 4; i++) u.x[i] = h[2 * i] | (uint32_t)h[2 * i + 1] << 16;
+    }
+    for (int i = 0; i < 8; i++) {
+        uint16_t h = (uint16_t)(u.x[i / 2] >> i % 2 * 16);
+        x[i] = type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+    }
+}
+
+template <class T> PSA__DEVICE psa__u4 psa__pack8(const float (&x)[8])
+{
+    psa__u4 u;
+    for (int i = 0; i < 4; i++) u.x[i] = psa__pack(T(), x[2 * i], x[2 * i + 1]);
+    return u;
+}
+
+/* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes. A row is a multiple of 128 bytes, all banks, so
+ * without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in the same four banks. Tiles begin
+ * at multiples of their row, so at(row, chunk + 2*k) = at(row, chunk) ^ 32*k for even steps from chunk 0 or 1. */
+template <int DP> PSA__DEVICE uint32_t psa__at(int row, int chunk)
+{
+    return (uint32_t)(row * DP * 2 + ((chunk ^ (row & 7)) << 4));
+}
+
+/* Sum over the block of what the threads before this one gave, in thread order; total: over all. scratch: 8 bytes a
+ * warp. */
+template <class V> PSA__DEVICE V psa__scan(V v, uint32_t scratch, V *total)
+{
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    V before = 0, sum = 0;
+    for (int d = 1; d < 32; d *= 2) {
+        V x = psa__shuffle(v, lane - d);
+        if (lane >= d) v += x;
+    }
+    if (lane == 31) psa__sts(scratch + (uint32_t)warp * 8, v);
+    psa__barrier();
+    for (int w = 0; w < PSA__WARPS; w++) {
+        V x = psa__lds<V>(scratch + (uint32_t)w * 8);
+        if (w < warp) before += x;
+        sum += x;
+    }
+    psa__barrier();
+    *total = sum;
+    v = psa__shuffle(v, lane - 1);
+    return lane > 0 ? before + v : before;
+}
+
+/* ================================================================================================================= */
+/* >>pool: every level of a block in one pass, the similarity cap, copies in the order and type that attend reads    */
+/* ================================================================================================================= */
+
+/* One CTA per KV block and tensor (grid.y: 0 K, 1 V). A thread takes 8 rows x 8 columns at a time:
+ *
+ *        columns 0..7   8..15  ...  D       level 2, 4, 8: sums of pairs in registers, mean = sum / count
+ *   rows +-------------+------------
+ *   0..7 | one thread  |                   level 16, 32, ...: the sums of 8 rows go to shared memory,
+ *        +-------------+------------         column by column, and are added in pairs, group 2t+1 to group 2t
+ *   8..  |             |
+ *
+ * Sums of pairs of sums, divided at the end: the order of psa.h. Rows beyond the end are zero and not counted. */
+
+constexpr uint32_t PSA__POOL_SUMS = PSA_MAX_BLOCK_K / 8 * PSA_MAX_D * 4; /* bytes; the cosines follow */
+constexpr uint32_t PSA__POOL_BYTES = PSA__POOL_SUMS + PSA_MAX_BLOCK_K * 4;
+
+struct psa__pool_block {
+    psa__view in, copy;
+    int D, b, hkv, jk, n; /* n: rows that exist */
+    char *pooled;         /* the head's pooled rows */
+};
+
+/* Group t of level 1 << i, of which x is the sum, at columns 8c. */
+template <class T>
+PSA__DEVICE void psa__pool_emit(const psa__job &job, const psa__pool_block &w, int i, int t, int c, const float (&x)[8])
+{
+    int count = psa__imin(1 << i, w.n - (t << i));
+    if (i >= job.n_levels || count <= 0) return;
+    float mean[8], factor = 1.0f / (float)count;
+    int row = job.level_row[i] + w.jk * (job.block_k >> i) + t;
+    for (int e = 0; e < 8; e++) mean[e] = x[e] * factor;
+    *reinterpret_cast<psa__u4 *>(w.pooled + ((int64_t)row * w.D + 8 * c) * 2) = psa__pack8<T>(mean);
+}
+
+/* From rows [8 >> (I-1)] of level 1 << (I-1) those of level 1 << I, in place. */
+template <class T, int I>
+PSA__DEVICE void psa__pool_pairs(const psa__job &job, const psa__pool_block &w, int g, int c, float (&rows)[8][8])
+{
+#pragma unroll
+    for (int t = 0; t < 8 >> I; t++) {
+#pragma unroll
+        for (int e = 0; e < 8; e++) rows[t][e] = rows[2 * t][e] + rows[2 * t + 1][e];
+        psa__pool_emit<T>(job, w, I, (g << (3 - I)) + t, c, rows[t]);
+    }
+}
+
+/* Rows 8g .. 8g+7 at columns 8c: copies them, emits levels 2, 4, 8 and leaves the sum of all in rows[0]. */
+template <class T>
+PSA__DEVICE void psa__pool_rows(const psa__job &job, const psa__pool_block &w, int g, int c, float (&rows)[8][8])
+{
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        int at = 8 * g + r, position = w.jk * job.block_k + at;
+#pragma unroll
+        for (int e = 0; e < 8; e++) rows[r][e] = 0.0f;
+        if (at < w.n) {
+            const char *from = psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, position));
+            psa__load8(rows[r], from + c * (w.in.type == PSA_F32 ? 32 : 16), w.in.type, w.in.aligned);
+        }
+        if (job.copies && at < w.n) {
+            *reinterpret_cast<psa__u4 *>(psa__row(w.copy, w.b, w.hkv, position) + c * 16) = psa__pack8<T>(rows[r]);
+        }
+    }
+    psa__pool_pairs<T, 1>(job, w, g, c, rows);
+    psa__pool_pairs<T, 2>(job, w, g, c, rows);
+    psa__pool_pairs<T, 3>(job, w, g, c, rows);
+}
+
+/* Cosine of two rows; 0 if one of them is zero. A whole warp. */
+PSA__DEVICE float psa__cosine(const psa__view &in, const char *a, const char *b, int D)
+{
+    float aa = 0, bb = 0, ab = 0;
+    for (int c = (int)threadIdx.x % 32; c < D / 8; c += 32) {
+        float x[8], y[8];
+        psa__load8(x, a + c * (in.type == PSA_F32 ? 32 : 16), in.type, in.aligned);
+        psa__load8(y, b + c * (in.type == PSA_F32 ? 32 : 16), in.type, in.aligned);
+        for (int e = 0; e < 8; e++) {
+            aa += x[e] * x[e];
+            bb += y[e] * y[e];
+            ab += x[e] * y[e];
+        }
+    }
+    for (int mask = 16; mask > 0; mask /= 2) {
+        aa += psa__shuffle_xor(aa, mask);
+        bb += psa__shuffle_xor(bb, mask);
+        ab += psa__shuffle_xor(ab, mask);
+    }
+    return aa > 0 && bb > 0 ? ab / (sqrtf(aa) * sqrtf(bb)) : aa == aa && bb == bb ? 0.0f : ab;
+}
+
+/* The coarsest level whose groups' first and last tokens have a mean cosine above the level's threshold. */
+PSA__DEVICE void psa__similarity_cap(const psa__job &job, const psa__pool_block &w)
+{
+    int cap = 0;
+    for (int i = 1; i <= job.n_sim_min; i++) {
+        int groups = (w.n + (1 << i) - 1) >> i, last = groups - 1, counted = groups;
+        if (w.n - (last << i) == 1) counted--; /* a group of one token has nothing to compare */
+        for (int t = (int)threadIdx.x / 32; t < counted; t += PSA__WARPS) {
+            int first = w.jk * job.block_k + (t << i), end = first + psa__imin(1 << i, w.n - (t << i)) - 1;
+            float cosine = psa__cosine(
+                w.in, psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, first)),
+                psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, end)), w.D);
+            if (threadIdx.x % 32 == 0) psa__sts(PSA__POOL_SUMS + (uint32_t)t * 4, cosine);
+        }
+        psa__barrier();
+        if (threadIdx.x == 0) {
+            double sum = 0;
+            for (int t = 0; t < counted; t++) sum += psa__lds<float>(PSA__POOL_SUMS + (uint32_t)t * 4);
+            if (counted && sum / counted > job.sim_min[i - 1]) cap = i;
+        }
+        psa__barrier();
+    }
+    if (threadIdx.x == 0) job.cap[(int64_t)(w.b * job.Hkv + w.hkv) * job.nk + w.jk] = (uint8_t)(1 << cap);
+}
+
+template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(const __grid_constant__ psa__job job)
+{
+    int is_v = (int)blockIdx.y, head = (int)blockIdx.x / job.nk;
+    psa__pool_block w;
+    w.in = is_v ? job.v : job.k;
+    w.copy = is_v ? job.read_v : job.read_k;
+    w.D = is_v ? job.Dv : job.D;
+    w.jk = (int)blockIdx.x % job.nk;
+    w.hkv = head % job.Hkv;
+    w.b = head / job.Hkv;
+    w.n = psa__block_k_rows(job, w.jk);
+    w.pooled = (is_v ? job.pooled_v : job.pooled_k) + (int64_t)head * job.pooled_rows * w.D * 2;
+
+    int chunks = w.D / 8, all = job.block_k / 8 * chunks;
+    for (int item = (int)threadIdx.x; item < all; item += PSA__THREADS) {
+        float rows[8][8];
+        psa__pool_rows<T>(job, w, item / chunks, item % chunks, rows);
+#pragma unroll
+        for (int e = 0; e < 8; e++) psa__sts((uint32_t)(e * all + item) * 4, rows[0][e]);
+    }
+    for (int i = 4; i < job.n_levels; i++) { /* the sum of group t lies where its first 8 rows lay */
+        psa__barrier();
+        for (int item = (int)threadIdx.x; item < (job.block_k >> i) * chunks; item += PSA__THREADS) {
+            int t = item / chunks, c = item % chunks, at = (t << (i - 3)) * chunks + c;
+            float x[8];
+            for (int e = 0; e < 8; e++) {
+                uint32_t a = (uint32_t)(e * all + at) * 4, b = a + (uint32_t)(chunks << (i - 4)) * 4;
+                x[e] = psa__lds<float>(a) + psa__lds<float>(b);
+                psa__sts(a, x[e]);
+            }
+            psa__pool_emit<T>(job, w, i, t, c, x);
+        }
+    }
+    if (!is_v && job.n_sim_min) psa__similarity_cap(job, w);
+}
+
+/* ================================================================================================================= */
+/* >>score: how important is a block pair                                                                            */
+/* ================================================================================================================= */
+
+/* One CTA per query block and head. `lanes` are the query vectors that stand for the block, `keys` those of a KV block:
+ * sampled tokens, groups of tokens side by side, block means, or all tokens. With s = q k in units of log2:
+ *
+ *   shared memory:  A lanes [parts][16*lane_tiles][DP] | B [4 warps][STAGES][16 keys][DP] | strip f32 [lanes][KV blocks]
+ *
+ *   warp w takes KV blocks w, w+4, ... (pairs of blocks where a block has only 8 columns) and brings their keys in by
+ *   itself, 16 at a time, STAGES - 1 ahead: no barrier in the loop. A stays in registers (if parts == 1).
+ *   Per lane and block: bm = max s, bs = sum exp2(s - bm); the strip keeps bm, or bm + log2 bs where masses are wanted.
+ *   Per lane: m = max bm, z = sum of bs exp2(bm - m), over the warps.
+ *   Then score[J] = max or sum over lanes of exp2(strip[lane][J] - m) / z, and the row is scaled to sum 1.
+ *
+ * Where the strip does not hold all KV blocks, they are gone through twice: for m and z, then strip by strip. */
+
+template <int DP_> struct psa__score_shape {
+    static constexpr int DP = DP_, STAGES = DP > 128 ? 2 : 3, KS = DP / 16; /* B: 48 KB at D 128, 64 KB at D 256 */
+    static constexpr int TILES = DP > 128 ? 1 : 2; /* m16 tiles of lanes at most: 64 registers for A */
+    static constexpr uint32_t STAGE = 16 * DP * 2, B_BYTES = PSA__WARPS * STAGES * STAGE;
+    static constexpr uint32_t LANE_BYTES = 16 * TILES * (4 + 8 + PSA__WARPS * 8); /* token; m, z; the warps' m, z */
+};
+
+/* What a CTA scores, and the offsets of the parts of shared memory. */
+struct psa__score_block {
+    int b, h, hkv, iq, n, whole; /* KV blocks seen, and seen in full */
+    int lanes, first;            /* lanes of the query block, and the first of those in A */
+    uint32_t at_b, at_token, at_mz, at_warp_mz, at_strip, strip_row; /* strip_row: bytes of a lane */
+};
+
+/* Offset of the i-th sampled token in a block of n tokens, or -1; see psa__sample in psa.h. */
+PSA__DEVICE int psa__sampled(const uint8_t *offset, int i, int n)
+{
+    if (offset[i] < n) return offset[i];
+    return i == 0 ? offset[0] % n : -1;
+}
+
+/* Lanes of query block iq: the last one may have fewer. */
+PSA__DEVICE int psa__n_lanes(const psa__job &job, int iq)
+{
+    int n = psa__block_q_rows(job, iq), lanes = 0;
+    if (job.score == PSA_SCORE_POOLED) return 1;
+    if (job.score == PSA_SCORE_EXACT) return n;
+    if (job.score == PSA_SCORE_ANTIDIAGONAL) return (n + job.parts - 1) / job.parts;
+    while (lanes < job.lanes && psa__sampled(job.sample_q, lanes, n) >= 0) lanes++;
+    return lanes;
+}
+
+/* Position of part `part` of lane i in query block iq; -1: zeros. */
+PSA__DEVICE int psa__lane_position(const psa__job &job, int iq, int i, int part)
+{
+    int n = psa__block_q_rows(job, iq), at = i;
+    if (job.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.sample_q, i, n);
+    if (job.score == PSA_SCORE_ANTIDIAGONAL) at = i * job.parts + job.parts - 1 - part;
+    return at < n ? iq * job.block_q + at : -1;
+}
+
+/* The last token that lane i stands for. */
+PSA__DEVICE int psa__lane_token(const psa__job &job, int iq, int i)
+{
+    int n = psa__block_q_rows(job, iq), at = i;
+    if (job.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.sample_q, i, n);
+    if (job.score == PSA_SCORE_ANTIDIAGONAL) at = psa__imin(i * job.parts + job.parts, n) - 1;
+    if (job.score == PSA_SCORE_POOLED) at = n - 1;
+    return iq * job.block_q + at + job.shift;
+}
+
+/* The first token of key c of block jk; -1: there is no such key. */
+PSA__DEVICE int psa__key_token(const psa__job &job, int jk, int c)
+{
+    int n = psa__block_k_rows(job, jk), at = c * job.parts;
+    if (c >= job.keys || jk >= job.nk) return -1;
+    if (job.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.sample_k, c, n);
+    return at >= 0 && at < n ? jk * job.block_k + at : -1;
+}
+
+/* 16 columns of the product: a warp's item (a KV block, or two), the unit of 16 columns in it, the part. */
+struct psa__step {
+    int item, unit, part;
+};
+
+PSA__DEVICE int psa__units(const psa__job &job) { return job.columns == 8 ? 1 : job.columns / 16; }
+
+PSA__DEVICE psa__step psa__step_of(const psa__job &job, int first_item, int step)
+{
+    int units = psa__units(job);
+    return {first_item + step / (job.parts * units) * PSA__WARPS, step / job.parts % units, step % job.parts};
+}
+
+/* KV block and key in it of column x (0..15) of a step. */
+PSA__DEVICE void psa__column(const psa__job &job, const psa__step &s, int x, int *jk, int *key)
+{
+    bool pair = job.columns == 8; /* two blocks share a step */
+    *jk = pair ? 2 * s.item + x / 8 : s.item;
+    *key = pair ? x % 8 : s.unit * 16 + x;
+}
+
+/* The keys of a step go to shared memory at `to`. */
+template <class S>
+PSA__DEVICE void psa__score_load(const psa__job &job, const psa__score_block &w, const psa__step &s, uint32_t to)
+{
+    constexpr int CHUNKS = S::DP / 8;
+    int lane = (int)threadIdx.x % 32, jk, key;
+    psa__column(job, s, lane % 16, &jk, &key);
+    int row = psa__key_token(job, jk, key);
+    if (row >= 0 && job.score == PSA_SCORE_ANTIDIAGONAL) row = row + s.part < job.Nk ? row + s.part : -1;
+    const char *base = psa__row(job.read_k, w.b, w.hkv, 0);
+    int64_t stride = job.read_k.nb1;
+    if (job.score == PSA_SCORE_POOLED) {
+        stride = (int64_t)job.D * 2;
+        base = job.pooled_k + ((int64_t)(w.b * job.Hkv + w.hkv) * job.pooled_rows + job.level_row[job.n_levels - 1]) * stride;
+        if (row >= 0) row = jk;
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; i++) {
+        int r = (lane + 32 * i) / CHUNKS, c = (lane + 32 * i) % CHUNKS, from = psa__shuffle(row, r);
+        const char *at = base + (from < 0 ? 0 : from) * stride + (c < job.D / 8 ? c * 16 : 0);
+        psa__cp_async(to + psa__at<S::DP>(r, c), at, from >= 0 && c < job.D / 8);
+    }
+}
+
+/* The lanes from w.first on, all parts, into A. */
+template <class T, class S> PSA__DEVICE void psa__score_lanes(const psa__job &job, const psa__score_block &w)
+{
+    constexpr int CHUNKS = S::DP / 8;
+    int rows = 16 * job.lane_tiles, bytes = job.q.type == PSA_F32 ? 32 : 16;
+    bool mean = job.score == PSA_SCORE_POOLED;
+    for (int item = (int)threadIdx.x; item < job.parts * rows * CHUNKS; item += PSA__THREADS) {
+        int c = item % CHUNKS, r = item / CHUNKS % rows, part = item / (CHUNKS * rows), lane = w.first + r;
+        float x[8] = {}, y[8];
+        if (lane < w.lanes && c < job.D / 8) {
+            int from = psa__lane_position(job, w.iq, lane, part);
+            int to = mean ? from + psa__block_q_rows(job, w.iq) : from < 0 ? from : from + 1;
+            for (int i = from; i < to; i++) {
+                psa__load8(y, psa__row(job.q, w.b, w.h, psa__token(job.order_q, w.b, w.h, i)) + c * bytes, job.q.type,
+                           job.q.aligned);
+                for (int e = 0; e < 8; e++) x[e] = mean ? x[e] + y[e] : y[e];
+            }
+            for (int e = 0; mean && e < 8; e++) x[e] *= 1.0f / (float)(to - from);
+        }
+        psa__u4 u = psa__pack8<T>(x);
+        for (int e = 0; e < 4; e++) u.x[e] ^= job.flip;
+        psa__sts((uint32_t)(part * rows * S::DP * 2) + psa__at<S::DP>(r, c), u);
+    }
+    for (int r = (int)threadIdx.x; r < rows; r += PSA__THREADS) {
+        psa__sts(w.at_token + (uint32_t)r * 4, w.first + r < w.lanes ? psa__lane_token(job, w.iq, w.first + r) : 0);
+    }
+}
+
+/* Maximum and sum of exp2(s - maximum) of two sets of logits together. */
+PSA__DEVICE void psa__join(float *bm, float *bs, float other_bm, float other_bs)
+{
+    float top = fmaxf(*bm, other_bm);
+    *bs = *bs * psa__exp2(*bm - top) + other_bs * psa__exp2(other_bm - top);
+    *bm = top;
+}
+
+/* A step's logits (scaled by factor) into bm and bs of this thread's rows; a finished block into m and z, and, as number
+ * jk - begin, into the strip if there is to be one. */
+template <class S>
+PSA__DEVICE void psa__score_reduce(const psa__job &job, const psa__score_block &w, const psa__step &now, int begin,
+                                   bool keep, const float (&s)[S::TILES][2][4], float (&bm)[S::TILES][2],
+                                   float (&bs)[S::TILES][2], float (&m)[S::TILES][2], float (&z)[S::TILES][2])
+{
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    bool pair = job.columns == 8;
+    float factor = job.scale / (float)job.parts;
+#pragma unroll
+    for (int i = 0; i < S::TILES * 4; i++) { /* tile, half, n8 tile */
+        int half = i / 2 % 2, j = i % 2, row = 16 * (i / 4) + 8 * half + g, jk = 0, key;
+        float x[2], &row_bm = bm[i / 4][half], &row_bs = bs[i / 4][half];
+        if (i / 4 >= job.lane_tiles) continue;
+        if (pair || (now.unit == 0 && j == 0)) row_bm = -PSA__BIG, row_bs = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            psa__column(job, now, 8 * j + 2 * t + e, &jk, &key);
+            int token = psa__key_token(job, jk, key);
+            x[e] = fminf(fmaxf(s[i / 4][j][2 * half + e] * factor, -PSA__BIG), PSA__BIG); /* NaN becomes -BIG */
+            bool hidden = token < 0 || (jk >= w.whole && psa__lds<int>(w.at_token + (uint32_t)row * 4) < token);
+            if (hidden) x[e] = -PSA__INF;
+        }
+        float top = fmaxf(fmaxf(x[0], x[1]), -PSA__BIG);
+        top = fmaxf(top, psa__shuffle_xor(top, 1));
+        top = fmaxf(top, psa__shuffle_xor(top, 2));
+        float sum = psa__exp2(x[0] - top) + psa__exp2(x[1] - top);
+        sum += psa__shuffle_xor(sum, 1);
+        sum += psa__shuffle_xor(sum, 2);
+        psa__join(&row_bm, &row_bs, top, sum);
+        if (jk >= w.n || (!pair && (j == 0 || now.unit < psa__units(job) - 1))) continue; /* the block goes on */
+        psa__join(&m[i / 4][half], &z[i / 4][half], row_bm, row_bs);
+        if (!keep || t != 0) continue;
+        float value = job.use_max ? row_bm : row_bm + log2f(row_bs);
+        psa__sts(w.at_strip + (uint32_t)row * w.strip_row + (uint32_t)(jk - begin) * 4, value);
+    }
+}
+
+/* Maxima and sums of KV blocks begin .. end-1 for the lanes in A. keep: into the strip. m, z: of this thread's rows
+ * [tile][half], over the blocks of its warp. */
+template <class T, class S>
+PSA__DEVICE void psa__score_blocks(const psa__job &job, const psa__score_block &w, int begin, int end, bool keep,
+                                   float (&m)[S::TILES][2], float (&z)[S::TILES][2])
+{
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, per_item = job.columns == 8 ? 2 : 1;
+    int first = begin / per_item + warp, last = (end + per_item - 1) / per_item;
+    int steps = first < last ? (last - first + PSA__WARPS - 1) / PSA__WARPS * psa__units(job) * job.parts : 0;
+    uint32_t stage = w.at_b + (uint32_t)(warp * S::STAGES) * S::STAGE;
+    uint32_t a[S::TILES][S::KS][4];
+    float s[S::TILES][2][4], bm[S::TILES][2], bs[S::TILES][2];
+
+    psa__sync_warp(); /* the warp is done with its stages */
+    for (int i = 0; i < S::STAGES - 1; i++) {
+        if (i < steps) psa__score_load<S>(job, w, psa__step_of(job, first, i), stage + (uint32_t)i * S::STAGE);
+        psa__cp_commit();
+    }
+    for (int step = 0; step < steps; step++) {
+        psa__step now = psa__step_of(job, first, step);
+        int ahead = step + S::STAGES - 1;
+        psa__cp_wait<S::STAGES - 2>();
+        psa__sync_warp(); /* the other lanes' copies have landed, and all are done with the stage to be filled */
+        if (ahead < steps) {
+            psa__score_load<S>(job, w, psa__step_of(job, first, ahead), stage + (uint32_t)(ahead % S::STAGES) * S::STAGE);
+        }
+        psa__cp_commit();
+#pragma unroll
+        for (int i = 0; i < S::TILES * S::KS; i++) {
+            uint32_t part = (uint32_t)(now.part * 16 * job.lane_tiles * S::DP * 2);
+            int row = (i / S::KS < job.lane_tiles ? i / S::KS * 16 : 0) + lane % 16;
+            if (step > 0 && job.parts == 1) break; /* A stays */
+            psa__ldmatrix(a[i / S::KS][i % S::KS], part + psa__at<S::DP>(row, i % S::KS * 2 + lane / 16));
+        }
+#pragma unroll
+        for (int i = 0; i < S::TILES * 8; i++) {
+            if (now.part == 0) s[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        }
+        uint32_t keys = psa__opaque(psa__at<S::DP>(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+        keys += stage + (uint32_t)(step % S::STAGES) * S::STAGE;
+#pragma unroll
+        for (int k = 0; k < S::KS; k++) {
+            uint32_t x[4];
+            psa__ldmatrix(x, keys ^ (uint32_t)(k * 32));
+#pragma unroll
+            for (int i = 0; i < S::TILES; i++) {
+                psa__mma(T(), s[i][0], a[i][k], x[0], x[1]);
+                psa__mma(T(), s[i][1], a[i][k], x[2], x[3]);
+            }
+        }
+        if (now.part == job.parts - 1) psa__score_reduce<S>(job, w, now, begin, keep, s, bm, bs, m, z);
+    }
+}
+
+/* m and 1/z of every lane over all warps; 1/z is 0 for a lane that sees nothing. */
+template <class S>
+PSA__DEVICE void psa__score_lane_sums(const psa__job &job, const psa__score_block &w, const float (&m)[S::TILES][2],
+                                      const float (&z)[S::TILES][2])
+{
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < S::TILES * 2; i++) {
+        psa__f2 mz = {m[i / 2][i % 2], z[i / 2][i % 2]};
+        int row = warp * 16 * S::TILES + 8 * i + lane / 4;
+        if (lane % 4 == 0) psa__sts(w.at_warp_mz + (uint32_t)row * 8, mz);
+    }
+    psa__barrier();
+    for (int r = (int)threadIdx.x; r < 16 * job.lane_tiles; r += PSA__THREADS) {
+        psa__f2 all = {-PSA__BIG, 0.0f};
+        for (int i = 0; i < PSA__WARPS; i++) {
+            psa__f2 mz = psa__lds<psa__f2>(w.at_warp_mz + (uint32_t)(i * 16 * S::TILES + r) * 8);
+            psa__join(&all.x, &all.y, mz.x, mz.y);
+        }
+        all.y = w.first + r >= w.lanes || all.x <= -PSA__BIG ? 0.0f : job.norm ? 1.0f / all.y : 1.0f;
+        psa__sts(w.at_mz + (uint32_t)r * 8, all);
+    }
+    psa__barrier();
+}
+
+/* The strip of KV blocks begin .. end-1 into the row of scores, which holds the lanes done before. */
+PSA__DEVICE void psa__score_emit(const psa__job &job, const psa__score_block &w, int begin, int end, float *score)
+{
+    int rows = psa__imin(16 * job.lane_tiles, w.lanes - w.first);
+    for (int jk = begin + (int)threadIdx.x; jk < end; jk += PSA__THREADS) {
+        float sum = w.first == 0 ? 0.0f : score[jk];
+        for (int r = 0; r < rows; r++) {
+            psa__f2 mz = psa__lds<psa__f2>(w.at_mz + (uint32_t)r * 8);
+            float x = psa__lds<float>(w.at_strip + (uint32_t)r * w.strip_row + (uint32_t)(jk - begin) * 4);
+            float e = mz.y == 0.0f ? 0.0f : psa__exp2(x - mz.x) * mz.y;
+            sum = job.use_max ? fmaxf(sum, e) : sum + e;
+        }
+        score[jk] = sum;
+    }
+}
+
+/* (lane, key) pairs of block jk that are seen; 1 at least. */
+PSA__DEVICE int psa__score_pairs(const psa__job &job, const psa__score_block &w, int jk)
+{
+    int pairs = 0;
+    for (int c = 0; c < job.keys; c++) {
+        int token = psa__key_token(job, jk, c), hidden = 0;
+        if (token < 0) continue;
+        while (jk >= w.whole && hidden < w.lanes && psa__lane_token(job, w.iq, hidden) < token) hidden++;
+        pairs += w.lanes - hidden;
+    }
+    return psa__imax(pairs, 1);
+}
+
+/* The row, of which n blocks are seen, to sum 1; one without mass becomes uniform. */
+PSA__DEVICE void psa__score_finish(const psa__job &job, const psa__score_block &w, float *score)
+{
+    double sum = 0, total;
+    for (int jk = (int)threadIdx.x; jk < w.n; jk += PSA__THREADS) {
+        if (!job.use_max && job.score == PSA_SCORE_SAMPLE) score[jk] /= (float)psa__score_pairs(job, w, jk);
+        sum += score[jk];
+    }
+    psa__scan(sum, 0, &total);
+    for (int jk = (int)threadIdx.x; jk < job.nk; jk += PSA__THREADS) {
+        score[jk] = jk >= w.n ? 0.0f : total > 0 ? (float)(score[jk] / total) : 1.0f / (float)w.n;
+    }
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(PSA__THREADS) psa__score(const __grid_constant__ psa__job job)
+{
+    int head = (int)blockIdx.x / job.nq, rows = 16 * job.lane_tiles;
+    float *score = job.scores + (int64_t)blockIdx.x * job.nk, m[S::TILES][2], z[S::TILES][2];
+    psa__score_block w;
+    w.iq = (int)blockIdx.x % job.nq;
+    w.h = head % job.Hq;
+    w.b = head / job.Hq;
+    w.hkv = w.h / job.group;
+    w.n = psa__n_visible(job, w.iq);
+    w.whole = psa__n_whole(job, w.iq);
+    w.lanes = psa__n_lanes(job, w.iq);
+    w.at_b = (uint32_t)(job.parts * rows * S::DP * 2);
+    w.at_token = w.at_b + S::B_BYTES;
+    w.at_mz = w.at_token + (uint32_t)rows * 4;
+    w.at_warp_mz = w.at_mz + (uint32_t)rows * 8;
+    w.at_strip = w.at_b + S::B_BYTES + S::LANE_BYTES;
+    w.strip_row = (uint32_t)(job.strip | 1) * 4; /* odd: the lanes of a KV block lie in different banks */
+    bool one_strip = w.n <= job.strip;
+
+    for (w.first = 0; w.first < w.lanes; w.first += rows) {
+        psa__score_lanes<T, S>(job, w);
+#pragma unroll
+        for (int i = 0; i < S::TILES * 2; i++) m[i / 2][i % 2] = -PSA__BIG, z[i / 2][i % 2] = 0.0f;
+        psa__barrier();
+        psa__score_blocks<T, S>(job, w, 0, w.n, one_strip, m, z);
+        psa__score_lane_sums<S>(job, w, m, z);
+        for (int begin = 0; begin < w.n; begin += job.strip) {
+            int end = psa__imin(w.n, begin + job.strip);
+            if (!one_strip) {
+                psa__score_blocks<T, S>(job, w, begin, end, true, m, z);
+                psa__barrier();
+            }
+            psa__score_emit(job, w, begin, end, score);
+            psa__barrier();
+        }
+    }
+    psa__score_finish(job, w, score);
+}
+
+/* ================================================================================================================= */
+/* >>mask: from scores to levels, from levels to the list                                                            */
+/* ================================================================================================================= */
+
+/* One CTA per query block and head.
+ *
+ *   shared memory:  scan scratch 64 B | keys u64 [n rounded up to a power of two]
+ *
+ *   1. keys: score descending in the upper half, block in the lower: one bitonic sort ranks them, ties by index.
+ *   2. position in rank order (TOPK) or mass ahead of it (THRESHOLD, a prefix sum in f64) -> level, into the map.
+ *   3. similarity cap, protected tokens, causality, skip_mean: each a rule for one block, in this order.
+ *   4. every thread counts its own range of blocks per level; prefix sums say where its entries of the list go. */
+
+constexpr uint32_t PSA__KEYS = 64; /* offset of the keys */
+
+/* Sorts ascending where x descends; NaN comes last. */
+PSA__DEVICE uint32_t psa__sort_key(float x)
+{
+    uint32_t u = psa__as_bits(x + 0.0f); /* -0 becomes +0 */
+    if (x != x) return 0xffffffffu;
+    return (u & 0x80000000u) != 0 ? u : ~(u | 0x80000000u);
+}
+
+/* Keys of scores [n], sorted. */
+PSA__DEVICE void psa__rank(const float *score, int n)
+{
+    int size = 2;
+    while (size < n) size *= 2;
+    for (int j = (int)threadIdx.x; j < size; j += PSA__THREADS) {
+        uint64_t key = j < n ? (uint64_t)psa__sort_key(score[j]) << 32 | (uint32_t)j : ~(uint64_t)0;
+        psa__sts(PSA__KEYS + (uint32_t)j * 8, key);
+    }
+    for (int run = 2; run <= size; run *= 2) {
+        for (int d = run / 2; d > 0; d /= 2) {
+            psa__barrier();
+            for (int i = (int)threadIdx.x; i < size / 2; i += PSA__THREADS) {
+                int low = 2 * i - (i & (d - 1));
+                uint32_t at = PSA__KEYS + (uint32_t)low * 8, other = at + (uint32_t)d * 8;
+                uint64_t x = psa__lds<uint64_t>(at), y = psa__lds<uint64_t>(other);
+                if ((x > y) != ((low & run) == 0)) continue;
+                psa__sts(at, y);
+                psa__sts(other, x);
+            }
+        }
+    }
+    psa__barrier();
+}
+
+PSA__DEVICE int psa__ranked(int position) { return (int)psa__lds<uint32_t>(PSA__KEYS + (uint32_t)position * 8); }
+
+PSA__DEVICE void psa__mask_topk(const psa__job &job, int n, uint8_t *level)
+{
+    for (int position = (int)threadIdx.x; position < n; position += PSA__THREADS) {
+        int i = 0;
+        for (; i < job.n_ends; i++) {
+            int64_t end = job.counted ? job.count_end[i] : (int64_t)floor(job.level_end[i] * (double)n);
+            if (i >= job.finest && end < 1) end = 1;
+            if (position < end) break;
+        }
+        level[psa__ranked(position)] = (uint8_t)(i < job.n_ends ? 1 << i : 0);
+    }
+}
+
+PSA__DEVICE void psa__mask_threshold(const psa__job &job, int n, const float *score, uint8_t *level)
+{
+    int each = (n + PSA__THREADS - 1) / PSA__THREADS, begin = psa__imin(n, (int)threadIdx.x * each);
+    int end = psa__imin(n, begin + each), full = job.min_full > 0 ? (int)floor(job.min_full * (double)n) + 1 : 0;
+    double mass = 0, total, ahead;
+    for (int i = begin; i < end; i++) mass += fmaxf(score[psa__ranked(i)], 0.0f);
+    ahead = psa__scan(mass, 0, &total);
+    ahead = total > 0 ? ahead / total : (double)begin / (double)n;
+    for (int position = begin, i = 0; position < end; position++) {
+        int j = psa__ranked(position);
+        double own = total > 0 ? fmaxf(score[j], 0.0f) / total : 1.0 / (double)n;
+        while (i < job.n_ends && job.level_end[i] + 1e-6 < ahead + (job.inclusive ? own : 0)) i++;
+        int l = i < job.n_ends ? 1 << i : 0;
+        if (job.inclusive && position == 0) l = 1 << job.finest;
+        if (position < full) l = 1;
+        level[j] = (uint8_t)l;
+        ahead += own;
+    }
+}
+
+/* Whether block jk holds any of the tokens [from,to). */
+PSA__DEVICE bool psa__holds(const psa__job &job, int jk, int64_t from, int64_t to)
+{
+    int64_t begin = (int64_t)jk * job.block_k, end = begin + psa__block_k_rows(job, jk);
+    return begin < to && from < end;
+}
+
+/* The rules of step 3. */
+PSA__DEVICE int psa__mask_rules(const psa__job &job, int iq, int jk, int whole, const uint8_t *cap, int level)
+{
+    int64_t row = (int64_t)iq * job.block_q, end_row = row + psa__block_q_rows(job, iq);
+    int64_t token = row + job.shift, end_token = end_row + job.shift;
+    if (job.n_sim_min && level > cap[jk]) level = cap[jk];
+    bool full = psa__holds(job, jk, 0, job.n_prefix) || psa__holds(job, jk, job.Nk - job.n_suffix, job.Nk);
+    full |= job.sink && jk == 0;
+    full |= job.diagonal && psa__holds(job, jk, token, end_token);
+    full |= job.n_prefix > 0 && token < job.n_prefix && end_token > 0;
+    full |= job.n_suffix > 0 && end_row > job.Nq - job.n_suffix;
+    if (full || jk >= whole) level = 1;
+    return job.skip_mean && level == 0 ? job.block_k : level;
+}
+
+/* The list of query block `task` from its row of the level map (NULL: dense). What is no level of the plan is 1. */
+PSA__DEVICE void psa__make_list(const psa__job &job, int64_t task, int iq, const uint8_t *level)
+{
+    int n = psa__n_visible(job, iq), whole = psa__n_whole(job, iq);
+    int each = (n + PSA__THREADS - 1) / PSA__THREADS, begin = psa__imin(n, (int)threadIdx.x * each);
+    int end = psa__imin(n, begin + each), at[PSA_MAX_LEVELS] = {}, base = 0;
+    for (int pass = 0; pass < 2; pass++) { /* first how many, then which */
+        for (int j = begin; j < end; j++) {
+            int l = level && j < whole ? level[j] : 1;
+            if ((l & (l - 1)) != 0 || l > 1 << (job.n_levels - 1)) l = 1;
+#pragma unroll
+            for (int i = 0; i < PSA_MAX_LEVELS; i++) {
+                if (l != 1 << i) continue;
+                if (pass == 1) job.index[task * job.nk + at[i]] = (uint16_t)j;
+                at[i]++;
+            }
+        }
+        if (pass == 1) return;
+#pragma unroll
+        for (int i = 0; i < PSA_MAX_LEVELS; i++) {
+            int total;
+            at[i] = base + psa__scan(at[i], 0, &total);
+            base += total;
+            if (threadIdx.x == 0) job.count[task * PSA_MAX_LEVELS + i] = (uint16_t)total;
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(PSA__THREADS) psa__mask(const __grid_constant__ psa__job job)
+{
+    int64_t task = blockIdx.x;
+    int iq = (int)(task % job.nq), head = (int)(task / job.nq), h = head % job.Hq, b = head / job.Hq;
+    int n = psa__n_visible(job, iq), whole = psa__n_whole(job, iq);
+    uint8_t *level = job.levels + task * job.nk;
+    const float *score = job.scores + task * job.nk;
+    const uint8_t *cap = job.cap + (int64_t)(b * job.Hkv + h / job.group) * job.nk;
+    if (job.mask != PSA_MASK_DENSE) psa__rank(score, n);
+    if (job.mask == PSA_MASK_TOPK) psa__mask_topk(job, n, level);
+    if (job.mask == PSA_MASK_THRESHOLD) psa__mask_threshold(job, n, score, level);
+    psa__barrier(); /* until here the map was written in rank order */
+    for (int j = (int)threadIdx.x; j < job.nk; j += PSA__THREADS) {
+        int l = j < n ? 1 : 0;
+        if (l && job.mask != PSA_MASK_DENSE) l = psa__mask_rules(job, iq, j, whole, cap, level[j]);
+        level[j] = (uint8_t)l;
+    }
+    psa__barrier();
+    psa__make_list(job, task, iq, level);
+}
+
+static __global__ void __launch_bounds__(PSA__THREADS) psa__list(const __grid_constant__ psa__job job)
+{
+    int64_t task = blockIdx.x;
+    psa__make_list(job, task, (int)(task % job.nq), job.levels ? job.levels + task * job.nk : nullptr);
+}
+
+/* ================================================================================================================= */
+/* >>attend: softmax(q k + bias) v over the rows that the list names                                                 */
+/* ================================================================================================================= */
+
+/* One CTA per BM query rows of a head (and part of the stream, grid.y). Warp w owns 16*MT rows of queries; the stream
+ * of K/V rows goes by in tiles of BN.
+ *
+ *   shared memory                              a tile of K, V: 16-byte chunks, XORed with row & 7
+ *   +----------------+ 0
+ *   | Q  [BM][DP]    |                          m16n8k16 fragments, lane 4g+t: rows g, g+8; columns 2t, 2t+1
+ *   +----------------+                          QK: S[16*MT][BN] = Q K^T, both by ldmatrix; S stays in registers,
+ *   | stage 0: K, V  |  [BN][DP] each           softmax on it, P = S packed to 16 bits is the A operand of
+ *   | ...            |                          PV: O[16*MT][DP] += P V, V by ldmatrix.trans
+ *   | stage S-1      |
+ *   +----------------+                          what a row of the stream is goes in a ring of STAGES + 1 tiles: looked up
+ *   | rows, biases   |                          during tile i - STAGES, copied from tile i - STAGES + 1 on, used at i
+ *   +----------------+
+ *
+ * One barrier per tile: it says that tile i has landed for all, that all are done with tile i-1, whose stage is filled
+ * next, and that the rows of tile i + STAGES - 1 are known. */
+
+/* What a CTA has to do. It stays in shared memory: in the inner loop registers are for O and S. */
+struct psa__attend_block {
+    int b, h;
+    int row0, rows; /* its query rows */
+    int task;       /* the query block, as the list counts them */
+    int n;          /* rows of its stream */
+    const char *k, *v, *pooled_k, *pooled_v; /* row 0 of the head */
+};
+
+template <int BM_, int BN_, int DP_, int STAGES_> struct psa__tiles {
+    static constexpr int BM = BM_, BN = BN_, DP = DP_, STAGES = STAGES_;
+    static constexpr int MT = BM / 16 / PSA__WARPS;                       /* m16 tiles of a warp */
+    static constexpr int RING = STAGES + 1;
+    static constexpr uint32_t KV = BN * DP * 2;                           /* bytes of a tile of K or V */
+    static constexpr uint32_t AT_KV = BM * DP * 2;
+    static constexpr uint32_t AT_ROWS = AT_KV + STAGES * 2 * KV;          /* u32 [RING][BN] */
+    static constexpr uint32_t AT_BIAS = AT_ROWS + RING * BN * 4;          /* f32 [RING][BN] */
+    static constexpr uint32_t AT_PLAIN = AT_BIAS + RING * BN * 4;         /* u32 [RING][BN/32]: one bias, none hidden */
+    static constexpr uint32_t AT_COUNT = AT_PLAIN + RING * (BN / 32) * 4; /* u32 [levels] of the list */
+    static constexpr uint32_t AT_BLOCK = (AT_COUNT + PSA_MAX_LEVELS * 4 + 15) / 16 * 16; /* psa__attend_block */
+    static constexpr uint32_t BYTES = AT_BLOCK + sizeof(psa__attend_block);
+    static_assert(BYTES <= 99 * 1024, "what sm_86, 89 and 120 have");
+    static_assert(BM % (16 * PSA__WARPS) == 0 && BN % 32 == 0 && DP % 64 == 0 && STAGES >= 2, "");
+};
+
+/* O[MT*16][DP] and S[MT*16][BN] in f32 take MT*(DP/2 + BN/2) registers of a thread: 192 at D 128. At D 256 MT = 1 and
+ * BN = 32 leave two stages room in 99 KB. Where blocks have at most 64 queries, MT = 1 wastes none. */
+using psa__tiles_64 = psa__tiles<128, 64, 64, 3>;
+using psa__tiles_64_few = psa__tiles<64, 64, 64, 3>;
+using psa__tiles_128 = psa__tiles<128, 64, 128, 2>;
+using psa__tiles_128_few = psa__tiles<64, 64, 128, 2>;
+using psa__tiles_256 = psa__tiles<64, 32, 256, 2>;
+
+template <class S> PSA__DEVICE psa__attend_block psa__here() { return psa__lds<psa__attend_block>(S::AT_BLOCK); }
+
+struct psa__pending { /* a stream row whose block is being fetched from the list */
+    int level, within, block;
+};
+
+/* Finds stream row p in the list. */
+template <class S> PSA__DEVICE psa__pending psa__find_row(const psa__job &job, int p)
+{
+    psa__attend_block w = psa__here<S>();
+    psa__pending x = {0, 0, -1};
+    int entry = 0;
+    if (p >= w.n) return x;
+    for (; x.level < job.n_levels - 1; x.level++) {
+        int blocks = psa__lds<int>(S::AT_COUNT + (uint32_t)x.level * 4);
+        int rows = blocks << (job.log2_block_k - x.level);
+        if (p < rows) break;
+        p -= rows;
+        entry += blocks;
+    }
+    x.within = p & ((job.block_k >> x.level) - 1);
+    entry += p >> (job.log2_block_k - x.level);
+    x.block = job.index[(int64_t)w.task * job.nk + entry];
+    return x;
+}
+
+/* Writes row r of slot `slot` of the ring. Called by whole warps: r = thread. */
+template <class S> PSA__DEVICE void psa__publish_row(const psa__job &job, const psa__pending &x, int slot, int r)
+{
+    int token = x.block * job.block_k + (x.within << x.level), count = psa__imin(1 << x.level, job.Nk - token);
+    uint32_t row = PSA__NONE;
+    float bias = -PSA__INF;
+    if (x.block >= 0 && count > 0) {
+        row = (uint32_t)token;
+        bias = count == 1 << x.level ? (float)x.level : log2f((float)count);
+        if (x.level > 0) {
+            row = PSA__POOLED | (uint32_t)(job.level_row[x.level] + x.block * (job.block_k >> x.level) + x.within);
+        }
+    }
+    bool straddles = job.causal && (int)row > psa__here<S>().row0 + job.shift;
+    float first_bias = psa__shuffle(bias, 0);
+    uint32_t any_odd = psa__ballot(straddles || bias != first_bias);
+    psa__sts(S::AT_ROWS + (uint32_t)(slot * S::BN + r) * 4, row);
+    psa__sts(S::AT_BIAS + (uint32_t)(slot * S::BN + r) * 4, bias);
+    if (r % 32 == 0) psa__sts(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + r / 32) * 4, (uint32_t)(any_odd == 0));
+}
+
+/* The rows of ring slot `slot` of K and V to stage `stage`. */
+template <class S> PSA__DEVICE void psa__copy_tile(const psa__job &job, int slot, int stage)
+{
+    constexpr int CHUNKS = S::DP / 8, ROWS = PSA__THREADS / CHUNKS;
+    psa__attend_block w = psa__here<S>();
+    int c = (int)threadIdx.x % CHUNKS, r0 = (int)threadIdx.x / CHUNKS;
+    uint32_t to = S::AT_KV + (uint32_t)stage * 2 * S::KV;
+#pragma unroll
+    for (int i = 0; i < S::BN / ROWS; i++) {
+        int r = r0 + i * ROWS;
+        uint32_t row = psa__lds<uint32_t>(S::AT_ROWS + (uint32_t)(slot * S::BN + r) * 4), at = psa__at<S::DP>(r, c);
+        bool exists = row != PSA__NONE, pooled = row >= PSA__POOLED;
+        int64_t n = exists ? (int64_t)(row & ~PSA__POOLED) : 0;
+        const char *k = pooled ? w.pooled_k + n * job.D * 2 : w.k + n * job.read_k.nb1;
+        const char *v = pooled ? w.pooled_v + n * job.Dv * 2 : w.v + n * job.read_v.nb1;
+        if (c < job.D / 8) psa__cp_async(to + at, k + c * 16, exists);
+        if (c < job.Dv / 8) psa__cp_async(to + S::KV + at, v + c * 16, exists);
+    }
+}
+
+/* Q to shared memory, as T; and the chunk beyond D zero in Q and every K, where D ends in the middle of a k16 step. */
+template <class T, class S> PSA__DEVICE void psa__load_queries(const psa__job &job)
+{
+    constexpr int CHUNKS = S::DP / 8;
+    psa__attend_block w = psa__here<S>();
+    psa__u4 zero = {};
+    for (int item = (int)threadIdx.x; item < S::BM * CHUNKS; item += PSA__THREADS) {
+        int r = item / CHUNKS, c = item % CHUNKS;
+        psa__u4 u = zero;
+        if (r < w.rows && c < job.D / 8) {
+            float x[8];
+            int64_t token = psa__token(job.order_q, w.b, w.h, w.row0 + r);
+            psa__load8(x, psa__row(job.q, w.b, w.h, token) + c * (job.q.type == PSA_F32 ? 32 : 16), job.q.type,
+                       job.q.aligned);
+            u = psa__pack8<T>(x);
+            for (int e = 0; e < 4; e++) u.x[e] ^= job.flip;
+        }
+        psa__sts(psa__at<S::DP>(r, c), u);
+    }
+    for (int item = (int)threadIdx.x; job.D % 16 != 0 && item < S::STAGES * S::BN; item += PSA__THREADS) {
+        uint32_t stage = S::AT_KV + (uint32_t)(item / S::BN) * 2 * S::KV;
+        psa__sts(stage + psa__at<S::DP>(item % S::BN, job.D / 8), zero);
+    }
+}
+
+/* S = Q K^T for the warp's rows. */
+template <class T, class S>
+PSA__DEVICE void psa__qk(const psa__job &job, int stage, float (&s)[S::MT][S::BN / 8][4])
+{
+    int lane = (int)threadIdx.x % 32, row0 = (int)threadIdx.x / 32 * 16 * S::MT;
+    uint32_t queries = psa__opaque(psa__at<S::DP>(row0 + lane % 16, lane / 16));
+    uint32_t keys = psa__opaque(psa__at<S::DP>(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+    keys += S::AT_KV + (uint32_t)stage * 2 * S::KV;
+#pragma unroll
+    for (int i = 0; i < S::MT * S::BN / 2; i++) s[i / (S::BN / 2)][i / 4 % (S::BN / 8)][i % 4] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < S::DP / 16; k++) {
+        if (k * 16 >= job.D) break;
+        uint32_t a[S::MT][4];
+#pragma unroll
+        for (int i = 0; i < S::MT; i++) {
+            psa__ldmatrix(a[i], (queries ^ (uint32_t)(k * 32)) + (uint32_t)(i * 16 * S::DP * 2));
+        }
+#pragma unroll
+        for (int j = 0; j < S::BN / 16; j++) {
+            uint32_t x[4];
+            psa__ldmatrix(x, (keys ^ (uint32_t)(k * 32)) + (uint32_t)(j * 16 * S::DP * 2));
+#pragma unroll
+            for (int i = 0; i < S::MT; i++) {
+                psa__mma(T(), s[i][2 * j], a[i], x[0], x[1]);
+                psa__mma(T(), s[i][2 * j + 1], a[i], x[2], x[3]);
+            }
+        }
+    }
+}
+
+/* Scales S and adds each column's own bias; hides what the rows do not see. For tiles that are not plain. */
+template <class S> PSA__DEVICE void psa__add_biases(const psa__job &job, int slot, float (&s)[S::MT][S::BN / 8][4])
+{
+    int lane = (int)threadIdx.x % 32;
+    int first = psa__here<S>().row0 + job.shift + (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
+#pragma unroll
+    for (int j = 0; j < S::BN / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            uint32_t at = (uint32_t)(slot * S::BN + 8 * j + lane % 4 * 2 + e) * 4;
+            float bias = psa__lds<float>(S::AT_BIAS + at);
+            int row = job.causal ? psa__lds<int>(S::AT_ROWS + at) : -1; /* pooled rows are negative, hidden from none */
+#pragma unroll
+            for (int i = 0; i < S::MT * 2; i++) {
+                float &x = s[i / 2][j][i % 2 * 2 + e];
+                x = row > first + 8 * i ? -PSA__INF : x * job.scale + bias;
+            }
+        }
+    }
+}
+
+/* Online softmax in base 2: S becomes exp2(S*scale + bias - m), O and l are rescaled if the maximum grew by more than
+ * RESCALE; l is this thread's share of the row sum. */
+template <class S>
+PSA__DEVICE void psa__softmax(float scale, float bias, float (&s)[S::MT][S::BN / 8][4], float (&o)[S::MT][S::DP / 8][4],
+                              float (&m)[S::MT * 2], float (&l)[S::MT * 2])
+{
+    float top[S::MT * 2];
+    bool grew = false;
+#pragma unroll
+    for (int i = 0; i < S::MT * 2; i++) {
+        top[i] = -PSA__INF;
+#pragma unroll
+        for (int j = 0; j < S::BN / 8; j++) {
+            top[i] = fmaxf(top[i], fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+        }
+        top[i] = fmaxf(top[i], psa__shuffle_xor(top[i], 1));
+        top[i] = fmaxf(top[i], psa__shuffle_xor(top[i], 2)) * scale + bias;
+        grew |= top[i] > m[i] + PSA__RESCALE;
+    }
+    if (psa__ballot(grew)) {
+#pragma unroll
+        for (int i = 0; i < S::MT * 2; i++) {
+            float now = fmaxf(m[i], top[i]), shrink = psa__exp2(m[i] - now);
+            m[i] = now;
+            l[i] *= shrink;
+#pragma unroll
+            for (int j = 0; j < S::DP / 8; j++) {
+                o[i / 2][j][i % 2 * 2] *= shrink;
+                o[i / 2][j][i % 2 * 2 + 1] *= shrink;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < S::MT * 2; i++) {
+        float offset = bias - m[i];
+#pragma unroll
+        for (int j = 0; j < S::BN / 8 * 2; j++) {
+            float &x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
+            x = psa__exp2(x * scale + offset);
+            l[i] += x;
+        }
+    }
+}
+
+/* O += P V: the accumulators of two n8 tiles of S are the A fragment of one k16 step. */
+template <class T, class S>
+PSA__DEVICE void psa__pv(const psa__job &job, int stage, const float (&s)[S::MT][S::BN / 8][4],
+                         float (&o)[S::MT][S::DP / 8][4])
+{
+    int lane = (int)threadIdx.x % 32;
+    uint32_t values = psa__opaque(psa__at<S::DP>(lane % 16, lane / 16)) + S::AT_KV + (uint32_t)(2 * stage + 1) * S::KV;
+#pragma unroll
+    for (int k = 0; k < S::BN / 16; k++) {
+        uint32_t p[S::MT][4];
+#pragma unroll
+        for (int i = 0; i < S::MT * 4; i++) {
+            const float(&x)[4] = s[i / 4][2 * k + i % 4 / 2];
+            p[i / 4][i % 4] = psa__pack(T(), x[i % 2 * 2], x[i % 2 * 2 + 1]);
+        }
+#pragma unroll
+        for (int j = 0; j < S::DP / 16; j++) {
+            if (j * 16 >= job.Dv) break;
+            uint32_t x[4];
+            psa__ldmatrix_t(x, (values ^ (uint32_t)(j * 32)) + (uint32_t)(k * 16 * S::DP * 2));
+#pragma unroll
+            for (int i = 0; i < S::MT; i++) {
+                psa__mma(T(), o[i][2 * j], p[i], x[0], x[1]);
+                psa__mma(T(), o[i][2 * j + 1], p[i], x[2], x[3]);
+            }
+        }
+    }
+}
+
+/* Row r of this CTA in out: where it begins. Parts of a split stream are contiguous f32. */
+PSA__DEVICE char *psa__out_row(const psa__job &job, const psa__attend_block &w, int r)
+{
+    int row = w.row0 + r;
+    if (job.splits == 1) return psa__row(job.out, w.b, w.h, psa__token(job.order_q, w.b, w.h, row));
+    int64_t at = (((int64_t)blockIdx.y * job.B + w.b) * job.Hq + w.h) * job.Nq + row;
+    return reinterpret_cast<char *>(job.part + at * job.Dv);
+}
+
+/* O as 16-bit elements goes through the warp's rows of Q, which nobody else reads, and out in rows of 16-byte chunks. */
+template <class T, class S> PSA__DEVICE void psa__write_16(const psa__job &job, const float (&o)[S::MT][S::DP / 8][4])
+{
+    psa__attend_block w = psa__here<S>();
+    int lane = (int)threadIdx.x % 32, row0 = (int)threadIdx.x / 32 * 16 * S::MT, chunks = job.Dv / 8;
+    psa__sync_warp(); /* all lanes have read Q */
+#pragma unroll
+    for (int i = 0; i < S::MT * 2; i++) {
+#pragma unroll
+        for (int j = 0; j < S::DP / 8; j++) {
+            uint32_t x = psa__pack(T(), o[i / 2][j][i % 2 * 2], o[i / 2][j][i % 2 * 2 + 1]);
+            psa__sts(psa__at<S::DP>(row0 + 8 * i + lane / 4, j) + (uint32_t)lane % 4 * 4, x);
+        }
+    }
+    psa__sync_warp();
+    for (int item = lane; item < 16 * S::MT * chunks; item += 32) {
+        int r = row0 + item / chunks, c = item % chunks;
+        psa__u4 u = psa__lds<psa__u4>(psa__at<S::DP>(r, c));
+        if (r < w.rows) *reinterpret_cast<psa__u4 *>(psa__out_row(job, w, r) + c * 16) = u;
+    }
+}
+
+template <class S> PSA__DEVICE void psa__write_32(const psa__job &job, const float (&o)[S::MT][S::DP / 8][4])
+{
+    psa__attend_block w = psa__here<S>();
+    int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
+#pragma unroll
+    for (int i = 0; i < S::MT * 2; i++) {
+        if (first + 8 * i >= w.rows) continue;
+        char *to = psa__out_row(job, w, first + 8 * i) + lane % 4 * 8;
+#pragma unroll
+        for (int j = 0; j < S::DP / 8; j++) {
+            psa__f2 x = {o[i / 2][j][i % 2 * 2], o[i / 2][j][i % 2 * 2 + 1]};
+            if (j < job.Dv / 8) *reinterpret_cast<psa__f2 *>(to + j * 32) = x;
+        }
+    }
+}
+
+/* Divides by the row sums and writes out and lse. A row that saw nothing has l = 0. */
+template <class S>
+PSA__DEVICE void psa__finish(const psa__job &job, float (&o)[S::MT][S::DP / 8][4], const float (&m)[S::MT * 2],
+                             float (&l)[S::MT * 2])
+{
+    psa__attend_block w = psa__here<S>();
+    int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
+#pragma unroll
+    for (int i = 0; i < S::MT * 2; i++) {
+        l[i] += psa__shuffle_xor(l[i], 1);
+        l[i] += psa__shuffle_xor(l[i], 2);
+        float inverse = l[i] == 0.0f ? 0.0f : 1.0f / l[i];
+        float lse = l[i] == 0.0f ? -PSA__INF : (m[i] + log2f(l[i])) * PSA__LN2;
+#pragma unroll
+        for (int j = 0; j < S::DP / 8 * 2; j++) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= inverse;
+        int row = w.row0 + first + 8 * i;
+        int64_t head = (int64_t)w.b * job.Hq + w.h;
+        if (lane % 4 != 0 || first + 8 * i >= w.rows) continue;
+        if (job.splits > 1) job.part_lse[((int64_t)blockIdx.y * job.B * job.Hq + head) * job.Nq + row] = lse;
+        else if (job.lse) job.lse[head * job.Nq + psa__token(job.order_q, w.b, w.h, row)] = lse;
+    }
+    if (job.splits > 1 || job.out.type == PSA_F32) psa__write_32<S>(job, o);
+    else if (job.out.type == PSA_F16) psa__write_16<psa__f16, S>(job, o);
+    else psa__write_16<psa__bf16, S>(job, o);
+}
+
+/* Which query rows this CTA has: the heads of a KV head side by side, so that they find its rows in the L2 cache; with
+ * causality the long rows first. */
+PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM)
+{
+    psa__attend_block w;
+    int64_t x = blockIdx.x, tiles = (int64_t)job.nq * job.q_tiles, pooled;
+    int g = (int)(x % job.group), tile = (int)(x / job.group % tiles), head = (int)(x / job.group / tiles);
+    if (job.causal) tile = (int)tiles - 1 - tile;
+    int iq = tile / job.q_tiles, within = tile % job.q_tiles * BM, hkv = head % job.Hkv;
+    pooled = (int64_t)head * job.pooled_rows;
+    w.b = head / job.Hkv;
+    w.h = hkv * job.group + g;
+    w.row0 = iq * job.block_q + within;
+    w.rows = psa__imin(BM, psa__block_q_rows(job, iq) - within);
+    w.task = (w.b * job.Hq + w.h) * job.nq + iq;
+    w.k = psa__row(job.read_k, w.b, hkv, 0);
+    w.v = psa__row(job.read_v, w.b, hkv, 0);
+    w.pooled_k = job.pooled_k + pooled * job.D * 2;
+    w.pooled_v = job.pooled_v + pooled * job.Dv * 2;
+    w.n = 0;
+    for (int i = 0; i < job.n_levels; i++) {
+        w.n += job.count[(int64_t)w.task * PSA_MAX_LEVELS + i] << (job.log2_block_k - i);
+    }
+    return w;
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constant__ psa__job job)
+{
+    psa__attend_block w = psa__attend_block_of(job, S::BM);
+    int r = (int)threadIdx.x, tiles = (w.n + S::BN - 1) / S::BN;
+    int begin = (int)((int64_t)tiles * blockIdx.y / job.splits);
+    int end = (int)((int64_t)tiles * (blockIdx.y + 1) / job.splits);
+    float o[S::MT][S::DP / 8][4] = {}, m[S::MT * 2], l[S::MT * 2] = {};
+#pragma unroll
+    for (int i = 0; i < S::MT * 2; i++) m[i] = PSA__LOWEST;
+    if (w.rows <= 0) return;
+
+    if (r == 0) psa__sts(S::AT_BLOCK, w);
+    if (r < PSA_MAX_LEVELS) {
+        psa__sts(S::AT_COUNT + (uint32_t)r * 4, (int)job.count[(int64_t)w.task * PSA_MAX_LEVELS + r]);
+    }
+    psa__barrier();
+    for (int i = 0; i < S::STAGES && r < S::BN; i++) {
+        psa__publish_row<S>(job, psa__find_row<S>(job, (begin + i) * S::BN + r), (begin + i) % S::RING, r);
+    }
+    psa__barrier();
+    for (int i = begin; i < begin + S::STAGES - 1; i++) {
+        if (i < end) psa__copy_tile<S>(job, i % S::RING, i % S::STAGES);
+        psa__cp_commit();
+    }
+    psa__load_queries<T, S>(job);
+
+    for (int i = begin; i < end; i++) { /* the inner loop */
+        float s[S::MT][S::BN / 8][4];
+        psa__pending next = {0, 0, -1};
+        int slot = i % S::RING, ahead = i + S::STAGES - 1;
+        psa__cp_wait<S::STAGES - 2>();
+        psa__barrier();
+        if (ahead < end) psa__copy_tile<S>(job, ahead % S::RING, ahead % S::STAGES);
+        psa__cp_commit();
+        if (r < S::BN) next = psa__find_row<S>(job, (ahead + 1) * S::BN + r);
+
+        psa__qk<T, S>(job, i % S::STAGES, s);
+        float bias = psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN) * 4), scale = job.scale;
+        bool plain = true;
+        for (int x = 0; x < S::BN / 32; x++) {
+            plain &= psa__lds<uint32_t>(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + x) * 4) != 0;
+            plain &= psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN + 32 * x) * 4) == bias;
+        }
+        if (!plain) {
+            psa__add_biases<S>(job, slot, s);
+            scale = 1.0f;
+            bias = 0.0f;
+        }
+        psa__softmax<S>(scale, bias, s, o, m, l);
+        psa__pv<T, S>(job, i % S::STAGES, s, o);
+        if (r < S::BN) psa__publish_row<S>(job, next, (ahead + 1) % S::RING, r);
+    }
+    psa__finish<S>(job, o, m, l);
+}
+
+/* ================================================================================================================= */
+/* >>combine: parts of a softmax over disjoint keys become one                                                       */
+/* ================================================================================================================= */
+
+/* One warp per row: its lanes go over the columns. top = max lse, weight = exp(lse - top), out = sum weight * part / sum
+ * weight. The parts are those of a split stream, or, in merge, the caller's two results. */
+
+PSA__DEVICE float psa__load(const char *row, int type, int i)
+{
+    if (type == PSA_F32) return reinterpret_cast<const float *>(row)[i];
+    uint16_t h = reinterpret_cast<const uint16_t *>(row)[i];
+    return type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+}
+
+PSA__DEVICE void psa__store(char *row, int type, int i, float x)
+{
+    if (type == PSA_F32) reinterpret_cast<float *>(row)[i] = x;
+    else if (type == PSA_F16) reinterpret_cast<uint16_t *>(row)[i] = (uint16_t)psa__pack(psa__f16(), x, x);
+    else reinterpret_cast<uint16_t *>(row)[i] = (uint16_t)psa__pack(psa__bf16(), x, x);
+}
+
+/* exp(lse - top); equal infinities give 1. */
+PSA__DEVICE float psa__weight(float lse, float top) { return lse == top ? 1.0f : expf(lse - top); }
+
+static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid_constant__ psa__job job)
+{
+    int64_t rows = (int64_t)job.B * job.Hq * job.Nq;
+    int64_t row = (int64_t)blockIdx.x * PSA__WARPS + threadIdx.x / 32, head = row / job.Nq;
+    int lane = (int)threadIdx.x % 32, b = (int)(head / job.Hq), h = (int)(head % job.Hq);
+    float top = -PSA__INF, sum = 0;
+    if (row >= rows) return;
+    for (int i = 0; i < job.splits; i++) {
+        float lse = job.part_lse[i * rows + row];
+        top = lse > top || lse != lse ? lse : top;
+    }
+    for (int i = 0; i < job.splits; i++) sum += psa__weight(job.part_lse[i * rows + row], top);
+    int64_t token = psa__token(job.order_q, b, h, (int)(row % job.Nq));
+    for (int c = lane; c < job.Dv; c += 32) {
+        float x = 0;
+        for (int i = 0; i < job.splits; i++) {
+            float weight = psa__weight(job.part_lse[i * rows + row], top);
+            if (weight != 0) x += weight * job.part[(i * rows + row) * job.Dv + c];
+        }
+        psa__store(psa__row(job.out, b, h, token), job.out.type, c, x / sum);
+    }
+    if (lane == 0 && job.lse) job.lse[head * job.Nq + token] = top + logf(sum);
+}
+
+/* out and lse are those of the job; the other result is in q, with part_lse. */
+static __global__ void __launch_bounds__(PSA__THREADS) psa__merge(const __grid_constant__ psa__job job)
+{
+    int64_t row = (int64_t)blockIdx.x * PSA__WARPS + threadIdx.x / 32, head = row / job.Nq;
+    int lane = (int)threadIdx.x % 32, b = (int)(head / job.Hq), h = (int)(head % job.Hq);
+    if (row >= (int64_t)job.B * job.Hq * job.Nq) return;
+    char *to = psa__row(job.out, b, h, row % job.Nq), *from = psa__row(job.q, b, h, row % job.Nq);
+    float lse = job.lse[row], other = job.part_lse[row], top = lse > other || lse != lse ? lse : other;
+    if (top == -PSA__INF) return;
+    float wa = psa__weight(lse, top), wb = psa__weight(other, top);
+    for (int c = lane; c < job.Dv; c += 32) {
+        float x = (wa != 0 ? wa * psa__load(to, job.out.type, c) : 0) + (wb != 0 ? wb * psa__load(from, job.q.type, c) : 0);
+        psa__store(to, job.out.type, c, x / (wa + wb));
+    }
+    psa__sync_warp(); /* all have read lse */
+    if (lane == 0) job.lse[row] = top + logf(wa + wb);
+}
+
+/* ================================================================================================================= */
+/* >>host: arguments are checked, kernels chosen and enqueued                                                        */
+/* ================================================================================================================= */
+
+constexpr int PSA__FEW_CTAS = 128; /* with fewer, about the SMs of a GPU, streams are split */
+constexpr int PSA__MAX_SPLITS = 16;
+
+static psa_result psa__refuse(const psa_plan *p, psa_result result, const char *message)
+{
+    if (p->desc.log_fn) p->desc.log_fn(p->desc.log_user, message);
+    return result;
+}
+
+static int psa__padded_dim(const psa_plan *p)
+{
+    int64_t d = p->D > p->Dv ? p->D : p->Dv;
+    return d <= 64 ? 64 : d <= 128 ? 128 : 256;
+}
+
+static int psa__tile_rows(const psa_plan *p) { return p->desc.block_q <= 64 || psa__padded_dim(p) == 256 ? 64 : 128; }
+static int psa__q_tiles(const psa_plan *p) { return (p->desc.block_q + psa__tile_rows(p) - 1) / psa__tile_rows(p); }
+static int64_t psa__map_rows(const psa_plan *p) { return p->B * p->Hq * p->nq; }
+static bool psa__in_chunks(const psa_tensor *t) { return (t->nb[1] | t->nb[2] | t->nb[3]) % 16 == 0; }
+
+/* Whether attention cannot read the caller's K and V where they lie. */
+static bool psa__copies(const psa_plan *p)
+{
+    return p->k.type == PSA_F32 || p->desc.order_k.index || !psa__in_chunks(&p->k) || !psa__in_chunks(&p->v);
+}
+
+/* Depends on the plan alone, so that results do not depend on the device. */
+static int psa__splits(const psa_plan *p)
+{
+    int64_t ctas = psa__map_rows(p) * psa__q_tiles(p), most = p->nk * p->desc.block_k / 256; /* 4 tiles at least */
+    int64_t splits = PSA__FEW_CTAS / ctas < PSA__MAX_SPLITS ? PSA__FEW_CTAS / ctas : PSA__MAX_SPLITS;
+    if (splits > most) splits = most;
+    return splits > 1 ? (int)splits : 1;
+}
+
+/* Takes n bytes at the cursor, which moves on to the next multiple of 256. */
+static char *psa__take(char *work, size_t *cursor, int64_t n)
+{
+    char *at = work + *cursor;
+    *cursor += ((size_t)n + 255) & ~(size_t)255;
+    return at;
+}
+
+/* Lays out the workspace; returns its size. */
+static size_t psa__layout(const psa_plan *p, char *work, psa__job *job)
+{
+    size_t at = 0;
+    int64_t heads = p->B * p->Hkv, rows = psa__map_rows(p), map = rows * p->nk, splits = psa__splits(p);
+    int64_t copied = psa__copies(p) ? heads * p->Nk * 2 : 0, outs = splits > 1 ? splits * p->B * p->Hq * p->Nq : 0;
+    char *copy_k = psa__take(work, &at, copied * p->D), *copy_v = psa__take(work, &at, copied * p->Dv);
+    if (copied) {
+        job->read_k = {copy_k, p->D * 2, p->Nk * p->D * 2, p->Hkv * p->Nk * p->D * 2, 0, 1};
+        job->read_v = {copy_v, p->Dv * 2, p->Nk * p->Dv * 2, p->Hkv * p->Nk * p->Dv * 2, 0, 1};
+    }
+    job->pooled_k = psa__take(work, &at, heads * p->pooled_rows * p->D * 2);
+    job->pooled_v = psa__take(work, &at, heads * p->pooled_rows * p->Dv * 2);
+    job->cap = (uint8_t *)psa__take(work, &at, p->desc.n_sim_min ? heads * p->nk : 0);
+    job->scores = (float *)psa__take(work, &at, p->desc.mask == PSA_MASK_DENSE ? 0 : map * 4);
+    job->levels = (uint8_t *)psa__take(work, &at, map);
+    job->count = (uint16_t *)psa__take(work, &at, rows * PSA_MAX_LEVELS * 2);
+    job->index = (uint16_t *)psa__take(work, &at, map * 2);
+    job->part = (float *)psa__take(work, &at, outs * p->Dv * 4);
+    job->part_lse = (float *)psa__take(work, &at, outs * 4);
+    return at + 255; /* so that work may begin anywhere */
+}
+
+static psa__view psa__view_of(const psa_tensor *t, const void *data)
+{
+    return {(char *)(uintptr_t)data, (int64_t)t->nb[1], (int64_t)t->nb[2], (int64_t)t->nb[3], (int)t->type,
+            psa__in_chunks(t)};
+}
+
+static void psa__job_mask(const psa_desc *d, psa__job *job)
+{
+    bool counted = false;
+    int64_t end = 0;
+    job->mask = d->mask;
+    job->n_ends = PSA_MAX_LEVELS;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++) {
+        counted |= d->level_count[i] > 0;
+        job->count_end[i] = end += d->level_count[i];
+        job->level_end[i] = d->level_end[i];
+    }
+    while (!counted && job->n_ends > 1 && d->level_end[job->n_ends - 1] == 0) job->n_ends--;
+    while (job->finest < job->n_ends - 1 &&
+           (counted ? d->level_count[job->finest] == 0 : d->level_end[job->finest] == 0)) {
+        job->finest++;
+    }
+    job->counted = counted;
+    job->inclusive = d->inclusive;
+    job->min_full = d->min_full;
+    job->n_sim_min = d->n_sim_min;
+    memcpy(job->sim_min, d->sim_min, sizeof job->sim_min);
+    job->n_prefix = d->n_prefix;
+    job->n_suffix = d->n_suffix;
+    job->sink = d->sink;
+    job->diagonal = d->diagonal;
+    job->skip_mean = d->skip_mean;
+}
+
+static void psa__job_score(const psa_plan *p, psa__job *job)
+{
+    const psa_desc *d = &p->desc;
+    bool sample = d->score == PSA_SCORE_SAMPLE, pooled = d->score == PSA_SCORE_POOLED;
+    job->score = d->score;
+    job->parts = d->score == PSA_SCORE_ANTIDIAGONAL ? d->stride : 1;
+    job->lanes = sample ? p->n_sample_q : pooled ? 1 : d->block_q / job->parts;
+    job->keys = sample ? p->n_sample_k : pooled ? 1 : d->block_k / job->parts;
+    job->columns = job->keys <= 8 ? 8 : (job->keys + 15) / 16 * 16;
+    job->use_max = sample && !d->score_mean;
+    job->norm = !sample || d->score_norm;
+    memcpy(job->sample_q, p->sample_q, sizeof job->sample_q);
+    memcpy(job->sample_k, p->sample_k, sizeof job->sample_k);
+}
+
+/* How many lanes and KV blocks of psa__score fit into shared memory; returns the bytes, 0 if it does not fit. */
+template <class S> static size_t psa__score_fit(psa__job *job, int shared_max)
+{
+    int64_t lane_tiles = (job->lanes + 15) / 16 < S::TILES ? (job->lanes + 15) / 16 : S::TILES;
+    for (; lane_tiles > 0; lane_tiles--) {
+        int64_t row = 16 * lane_tiles * 4, fixed = job->parts * 16 * lane_tiles * S::DP * 2 + S::B_BYTES + S::LANE_BYTES;
+        int64_t strip = (shared_max - fixed) / row - 1, all = (job->nk + 1) / 2 * 2;
+        if (strip > all) strip = all;
+        if (strip < 32 && strip < all) continue;
+        job->lane_tiles = (int)lane_tiles;
+        job->strip = (int)(strip & ~(int64_t)1); /* blocks may come in pairs */
+        return (size_t)(fixed + (job->strip + 1) * row);
+    }
+    return 0;
+}
+
+template <class T> static size_t psa__score_kernel(psa__job *job, int shared_max, void (**kernel)(psa__job))
+{
+    if (job->D <= 64) {
+        *kernel = psa__score<T, psa__score_shape<64>>;
+        return psa__score_fit<psa__score_shape<64>>(job, shared_max);
+    }
+    if (job->D <= 128) {
+        *kernel = psa__score<T, psa__score_shape<128>>;
+        return psa__score_fit<psa__score_shape<128>>(job, shared_max);
+    }
+    *kernel = psa__score<T, psa__score_shape<256>>;
+    return psa__score_fit<psa__score_shape<256>>(job, shared_max);
+}
+
+/* The kernel for scores and its shared memory; the job is told what fits. */
+static psa_result psa__choose_score(const psa_plan *p, psa__job *job, int shared_max, void (**kernel)(psa__job),
+                                    size_t *shared)
+{
+    *shared = p->k.type == PSA_F16 ? psa__score_kernel<psa__f16>(job, shared_max, kernel)
+                                   : psa__score_kernel<psa__bf16>(job, shared_max, kernel);
+    if (*shared != 0) return PSA_OK;
+    return psa__refuse(p, PSA_ERR_CUDA_SIZE, "stride * D is too large for scores on this device");
+}
+
+/* What every stage begins with: the device, the limits, the job. Pointers may be NULL where a stage has none. */
+static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q, const void *k, const void *v,
+                                const void *out, void *work, int *shared_max)
+{
+    int device = 0, major = 0;
+    if (!p) return PSA_ERR_NULL;
+    if (!work) return psa__refuse(p, PSA_ERR_NULL, "work must not be NULL");
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        major < 8 || *shared_max < 99 * 1024) {
+        return psa__refuse(p, PSA_ERR_CUDA_DEVICE, "expected a device of compute capability 8.0 or later");
+    }
+    if (((uintptr_t)q | (uintptr_t)k | (uintptr_t)v | (uintptr_t)out) % 16 != 0 || (out && !psa__in_chunks(&p->out))) {
+        return psa__refuse(p, PSA_ERR_CUDA_ALIGN, "expected data, and strides of out, in multiples of 16 bytes");
+    }
+    if (p->nk > 65535 || (p->desc.mask != PSA_MASK_DENSE && p->nk > PSA__MAX_RANKED) ||
+        psa__map_rows(p) * psa__q_tiles(p) > INT32_MAX || p->B * p->Hkv * p->nk > INT32_MAX) {
+        return psa__refuse(p, PSA_ERR_CUDA_SIZE, "expected at most 65535 KV blocks, 8192 if they are ranked");
+    }
+    memset(job, 0, sizeof *job);
+    job->B = (int)p->B;
+    job->Hq = (int)p->Hq;
+    job->Hkv = (int)p->Hkv;
+    job->group = (int)(p->Hq / p->Hkv);
+    job->Nq = (int)p->Nq;
+    job->Nk = (int)p->Nk;
+    job->D = (int)p->D;
+    job->Dv = (int)p->Dv;
+    job->nq = (int)p->nq;
+    job->nk = (int)p->nk;
+    job->block_q = p->desc.block_q;
+    job->block_k = p->desc.block_k;
+    while (1 << job->log2_block_k < job->block_k) job->log2_block_k++;
+    job->causal = p->desc.causal != 0;
+    job->shift = job->causal ? (int)(p->Nk - p->Nq) : 0;
+    job->scale = fabsf(p->desc.scale) * PSA__LOG2E;
+    job->flip = p->desc.scale < 0 ? 0x80008000u : 0;
+    job->q = psa__view_of(&p->q, q);
+    job->k = job->read_k = psa__view_of(&p->k, k);
+    job->v = job->read_v = psa__view_of(&p->v, v);
+    job->out = psa__view_of(&p->out, out);
+    job->order_q = {p->desc.order_q.index, p->desc.order_q.stride_h, p->desc.order_q.stride_b};
+    job->order_k = {p->desc.order_k.index, p->desc.order_k.stride_h, p->desc.order_k.stride_b};
+    job->copies = psa__copies(p);
+    job->n_levels = p->n_levels;
+    job->pooled_rows = (int)p->pooled_rows;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++) job->level_row[i] = (int)p->level_row[i];
+    job->q_tiles = psa__q_tiles(p);
+    job->splits = psa__splits(p);
+    psa__job_score(p, job);
+    psa__job_mask(&p->desc, job);
+    psa__layout(p, (char *)(((uintptr_t)work + 255) & ~(uintptr_t)255), job);
+    return PSA_OK;
+}
+
+static psa_result psa__run(const psa_plan *p, void (*kernel)(psa__job), int64_t x, int y, size_t shared, void *stream,
+                           const psa__job &job)
+{
+    cudaError_t e = psa__enqueue(kernel, (unsigned)x, (unsigned)y, PSA__THREADS, shared, stream, job);
+    return e == cudaSuccess ? PSA_OK : psa__refuse(p, PSA_ERR_CUDA_LAUNCH, "a kernel could not be launched");
+}
+
+extern "C" size_t psa_cuda_work_size(const psa_plan *plan)
+{
+    psa__job job;
+    return psa__layout(plan, nullptr, &job);
+}
+
+extern "C" psa_result psa_cuda_pool(const psa_plan *plan, const void *k, const void *v, void *work, void *stream)
+{
+    psa__job job;
+    int shared_max;
+    psa_result r = psa__job_init(&job, plan, nullptr, k, v, nullptr, work, &shared_max);
+    if (r != PSA_OK) return r;
+    if (!k) return psa__refuse(plan, PSA_ERR_NULL, "k must not be NULL");
+    if (plan->desc.mask == PSA_MASK_DENSE && !job.copies) return PSA_OK;
+    return psa__run(plan, plan->k.type == PSA_F16 ? psa__pool<psa__f16> : psa__pool<psa__bf16>,
+                    plan->B * plan->Hkv * plan->nk, v ? 2 : 1, PSA__POOL_BYTES, stream, job);
+}
+
+extern "C" psa_result psa_cuda_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores,
+                                     void *stream)
+{
+    psa__job job;
+    int shared_max;
+    size_t shared;
+    void (*kernel)(psa__job);
+    psa_result r = psa__job_init(&job, plan, q, k, nullptr, nullptr, work, &shared_max);
+    if (r != PSA_OK || plan->desc.mask == PSA_MASK_DENSE) return r;
+    if (!q || !k) return psa__refuse(plan, PSA_ERR_NULL, "q and k must not be NULL");
+    if (scores) job.scores = scores;
+    if ((r = psa__choose_score(plan, &job, shared_max, &kernel, &shared)) != PSA_OK) return r;
+    return psa__run(plan, kernel, psa__map_rows(plan), 1, shared, stream, job);
+}
+
+extern "C" psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, void *stream)
+{
+    psa__job job;
+    int shared_max, keys = 2;
+    psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work, &shared_max);
+    if (r != PSA_OK) return r;
+    if (scores) job.scores = (float *)(uintptr_t)scores;
+    if (levels) job.levels = levels;
+    while (plan->desc.mask != PSA_MASK_DENSE && keys < plan->nk) keys *= 2;
+    return psa__run(plan, psa__mask, psa__map_rows(plan), 1, PSA__KEYS + (size_t)keys * 8, stream, job);
+}
+
+extern "C" psa_result psa_cuda_list(const psa_plan *plan, const uint8_t *levels, void *work, void *stream)
+{
+    psa__job job;
+    int shared_max;
+    psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work, &shared_max);
+    if (r != PSA_OK) return r;
+    job.levels = (uint8_t *)(uintptr_t)levels;
+    return psa__run(plan, psa__list, psa__map_rows(plan), 1, PSA__KEYS, stream, job);
+}
+
+template <class T> static void psa__attend_kernel(const psa_plan *p, void (**kernel)(psa__job), size_t *shared)
+{
+    bool few = p->desc.block_q <= 64;
+    switch (psa__padded_dim(p)) {
+    case 64:
+        *kernel = few ? psa__attend<T, psa__tiles_64_few> : psa__attend<T, psa__tiles_64>;
+        *shared = few ? psa__tiles_64_few::BYTES : psa__tiles_64::BYTES;
+        break;
+    case 128:
+        *kernel = few ? psa__attend<T, psa__tiles_128_few> : psa__attend<T, psa__tiles_128>;
+        *shared = few ? psa__tiles_128_few::BYTES : psa__tiles_128::BYTES;
+        break;
+    default:
+        *kernel = psa__attend<T, psa__tiles_256>;
+        *shared = psa__tiles_256::BYTES;
+    }
+}
+
+extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const void *k, const void *v, void *work,
+                                      void *out, float *lse, void *stream)
+{
+    psa__job job;
+    int shared_max;
+    size_t shared;
+    void (*kernel)(psa__job);
+    psa_result r = psa__job_init(&job, plan, q, k, v, out, work, &shared_max);
+    if (r != PSA_OK) return r;
+    if (!q || !k || !v || !out || plan->Dv == 0 || plan->out.ne[0] == 0) {
+        return psa__refuse(plan, PSA_ERR_NULL, "q, k, v and out must not be NULL, in the plan neither");
+    }
+    job.lse = lse;
+    if (plan->k.type == PSA_F16) psa__attend_kernel<psa__f16>(plan, &kernel, &shared);
+    else psa__attend_kernel<psa__bf16>(plan, &kernel, &shared);
+    r = psa__run(plan, kernel, psa__map_rows(plan) * job.q_tiles, job.splits, shared, stream, job);
+    if (r != PSA_OK || job.splits == 1) return r;
+    return psa__run(plan, psa__combine, (plan->B * plan->Hq * plan->Nq + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
+}
+
+extern "C" psa_result psa_cuda_attention(const psa_plan *plan, const void *q, const void *k, const void *v, void *out,
+                                         const psa_extra *extra, void *work, size_t work_size, void *stream)
+{
+    psa__job job;
+    int shared_max;
+    size_t shared;
+    void (*kernel)(psa__job);
+    psa_extra none = {}, x = extra ? *extra : none;
+    bool dense;
+    psa_result r = psa__job_init(&job, plan, q, k, v, out, work, &shared_max);
+    if (r != PSA_OK) return r;
+    if (!q || !k || !v || !out) return psa__refuse(plan, PSA_ERR_NULL, "q, k, v and out must not be NULL");
+    if (x.levels_given && !x.levels) return psa__refuse(plan, PSA_ERR_NULL, "levels_given without levels");
+    if (work_size < psa_cuda_work_size(plan)) {
+        return psa__refuse(plan, PSA_ERR_CUDA_WORK, "work is smaller than psa_cuda_work_size says");
+    }
+    dense = plan->desc.mask == PSA_MASK_DENSE;
+    if (!dense && !x.levels_given) r = psa__choose_score(plan, &job, shared_max, &kernel, &shared);
+    if (r != PSA_OK) return r;
+    if ((r = psa_cuda_pool(plan, k, v, work, stream)) != PSA_OK) return r;
+    if (x.levels_given || (dense && !x.levels)) {
+        r = psa_cuda_list(plan, x.levels_given ? x.levels : nullptr, work, stream);
+    } else {
+        if ((r = psa_cuda_score(plan, q, k, work, x.scores, stream)) != PSA_OK) return r;
+        r = psa_cuda_mask(plan, x.scores, work, x.levels, stream);
+    }
+    if (r != PSA_OK) return r;
+    return psa_cuda_attend(plan, q, k, v, work, out, x.lse, stream);
+}
+
+extern "C" psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_tensor *part, const float *part_lse,
+                                     void *stream)
+{
+    psa__job job;
+    psa_plan none;
+    if (!out || !lse || !part || !part_lse || !out->data || !part->data) return PSA_ERR_NULL;
+    for (int i = 0; i < 4; i++) {
+        if (out->ne[i] < 1 || out->ne[i] != part->ne[i]) return PSA_ERR_SHAPE;
+    }
+    if (out->ne[0] > PSA_MAX_D || out->ne[0] % 8 != 0) return PSA_ERR_HEAD_DIM;
+    int64_t rows = out->ne[1] * out->ne[2] * out->ne[3];
+    if (rows > INT32_MAX) return PSA_ERR_CUDA_SIZE;
+    memset(&job, 0, sizeof job);
+    memset(&none, 0, sizeof none);
+    job.Dv = (int)out->ne[0];
+    job.Nq = (int)out->ne[1];
+    job.Hq = (int)out->ne[2];
+    job.B = (int)out->ne[3];
+    job.out = psa__view_of(out, out->data);
+    job.q = psa__view_of(part, part->data);
+    job.lse = lse;
+    job.part_lse = (float *)(uintptr_t)part_lse;
+    return psa__run(&none, psa__merge, (rows + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
+}

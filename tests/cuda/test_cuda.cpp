@@ -1,0 +1,797 @@
+/* test_cuda.cpp - psa_cuda.cu on the emulator (emu.h) against the CPU library, and the emulator against itself.
+ *
+ * build/test_cuda [--filter TEXT] [--rounds N] [--seed N]
+ * Inputs end where a page ends that cannot be read; outputs and workspace are poisoned. */
+#define PSA_CUDA
+#include "psa.h"
+
+#include "emu.h"
+
+#include <stdarg.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <functional>
+#include <string>
+
+static int checks, failures, rounds = 1;
+static uint64_t seed = 1, state;
+static std::string current;
+
+static bool check(bool ok, int line, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static bool check(bool ok, int line, const char *format, ...)
+{
+    va_list args;
+    checks++;
+    if (ok) return true;
+    failures++;
+    printf("  test_cuda.cpp:%d: %s: ", line, current.c_str());
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    printf("\n");
+    return false;
+}
+#define CHECK(ok, ...) check(ok, __LINE__, __VA_ARGS__)
+
+/* ---- random numbers: splitmix64 ---- */
+
+static uint64_t rnd()
+{
+    uint64_t z = state += UINT64_C(0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+static int rnd_int(int low, int high) { return low + (int)(rnd() % (uint64_t)(high - low + 1)); }
+static bool rnd_chance(int percent) { return rnd_int(0, 99) < percent; }
+static double rnd_uniform() { return (double)(rnd() >> 11) / 9007199254740992.0; }
+static double rnd_normal() { return sqrt(-2 * log(1 - rnd_uniform())) * cos(6.283185307179586 * rnd_uniform()); }
+
+/* ---- memory that stands for the device's ---- */
+
+/* Ends at a page that cannot be touched; filled with 0xff, NaN in every type. */
+struct buffer {
+    size_t size = 0, mapped = 0;
+    char *base = nullptr;
+
+    explicit buffer(size_t bytes = 0) { reset(bytes); }
+    buffer(const buffer &) = delete;
+    buffer &operator=(const buffer &) = delete;
+    ~buffer() { reset(0); }
+    void reset(size_t bytes)
+    {
+        size_t page = (size_t)sysconf(_SC_PAGESIZE);
+        if (base) munmap(base, mapped);
+        base = nullptr;
+        size = bytes;
+        if (!bytes) return;
+        mapped = (bytes + page - 1) / page * page + page;
+        base = (char *)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base == MAP_FAILED) abort();
+        mprotect(base + mapped - page, page, PROT_NONE);
+        memset(base, 0xff, mapped - page);
+    }
+    char *data() const { return base + mapped - (size_t)sysconf(_SC_PAGESIZE) - size; }
+    template <class V> V *as() const { return (V *)(void *)data(); }
+    bool intact() const /* nothing before the data was written */
+    {
+        for (char *p = base; p < data(); p++) {
+            if (*p != (char)0xff) return false;
+        }
+        return true;
+    }
+};
+
+/* ---- tensors ---- */
+
+struct tensor {
+    psa_tensor t = {};
+    buffer memory;
+};
+
+static void store(psa_type type, void *at, double x)
+{
+    float f = (float)x;
+    uint16_t h = type == PSA_F16 ? psa__from_float(psa__f16(), f) : psa__from_float(psa__bf16(), f);
+    if (type == PSA_F32) memcpy(at, &f, 4);
+    else memcpy(at, &h, 2);
+}
+
+static double load(psa_type type, const void *at)
+{
+    float f;
+    uint16_t h;
+    if (type == PSA_F32) {
+        memcpy(&f, at, 4);
+        return f;
+    }
+    memcpy(&h, at, 2);
+    return type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+}
+
+static char *element(const psa_tensor &t, int64_t d, int64_t n, int64_t h, int64_t b)
+{
+    return (char *)t.data + (size_t)d * t.nb[0] + (size_t)n * t.nb[1] + (size_t)h * t.nb[2] + (size_t)b * t.nb[3];
+}
+
+/* [B,H,N,D], or [B,N,H,D] with `gap` unused bytes after each row. */
+static void tensor_make(tensor *a, psa_type type, bool swapped, size_t gap, int64_t D, int64_t N, int64_t H, int64_t B)
+{
+    a->t = psa_tensor_4d(nullptr, type, D, N, H, B);
+    size_t row = (size_t)D * a->t.nb[0] + gap;
+    a->t.nb[1] = swapped ? row * (size_t)H : row;
+    a->t.nb[2] = swapped ? row : row * (size_t)N;
+    a->t.nb[3] = row * (size_t)(N * H);
+    size_t size = row * (size_t)(N * H * B);
+    a->memory.reset((size + 15) & ~(size_t)15);
+    a->t.data = a->memory.data();
+}
+
+static void tensor_fill(tensor *a, std::function<double(int64_t, int64_t, int64_t, int64_t)> value)
+{
+    for (int64_t b = 0; b < a->t.ne[3]; b++) {
+        for (int64_t h = 0; h < a->t.ne[2]; h++) {
+            for (int64_t n = 0; n < a->t.ne[1]; n++) {
+                for (int64_t d = 0; d < a->t.ne[0]; d++) {
+                    store(a->t.type, element(a->t, d, n, h, b), value(d, n, h, b));
+                }
+            }
+        }
+    }
+}
+
+/* ---- one call on both sides ---- */
+
+struct shape {
+    int B = 1, Hq = 1, Hkv = 1, Nq = 100, Nk = 150, D = 64, Dv = 64;
+    psa_type q = PSA_BF16, kv = PSA_BF16, out = PSA_F32;
+    bool swapped = false;
+    size_t gap = 0;
+    double spread = 1;
+};
+
+struct call {
+    shape s;
+    psa_desc desc;
+    psa_plan plan;
+    tensor q, k, v, out, expected;
+    buffer work, lse, scores, levels, order_q, order_k;
+    std::vector<float> cpu_scores, cpu_lse;
+    std::vector<uint8_t> cpu_levels;
+    std::vector<char> cpu_work;
+};
+
+static bool call_make(call *c, const shape &s, const psa_desc &desc, bool ordered = false)
+{
+    c->s = s;
+    c->desc = desc;
+    c->desc.n_threads = 1;
+    tensor_make(&c->q, s.q, s.swapped, s.gap, s.D, s.Nq, s.Hq, s.B);
+    tensor_make(&c->k, s.kv, s.swapped, s.gap, s.D, s.Nk, s.Hkv, s.B);
+    tensor_make(&c->v, s.kv, s.swapped, s.gap, s.Dv, s.Nk, s.Hkv, s.B);
+    tensor_make(&c->out, s.out, s.swapped, s.gap / 16 * 16, s.Dv, s.Nq, s.Hq, s.B);
+    tensor_make(&c->expected, PSA_F32, false, 0, s.Dv, s.Nq, s.Hq, s.B);
+    auto normal = [&](int64_t, int64_t, int64_t, int64_t) { return s.spread * rnd_normal(); };
+    double run = 0; /* keys that change slowly, so that the similarity cap has something to find */
+    tensor_fill(&c->q, normal);
+    tensor_fill(&c->k, [&](int64_t d, int64_t n, int64_t, int64_t) {
+        if (n % 24 == 0 || d == 0) run = rnd_normal();
+        return s.spread * (0.5 * run + 0.8 * rnd_normal());
+    });
+    tensor_fill(&c->v, [](int64_t, int64_t, int64_t, int64_t) { return rnd_normal(); });
+    if (ordered) {
+        auto permute = [](buffer *b, int n, int heads) {
+            b->reset((size_t)(n * heads) * 4);
+            for (int h = 0; h < heads; h++) {
+                int32_t *p = b->as<int32_t>() + h * n;
+                for (int i = 0; i < n; i++) {
+                    int j = rnd_int(0, i);
+                    p[i] = p[j];
+                    p[j] = i;
+                }
+            }
+        };
+        permute(&c->order_q, s.Nq, s.Hq);
+        permute(&c->order_k, s.Nk, s.Hkv);
+        c->desc.order_q = {c->order_q.as<int32_t>(), s.Nq, 0};
+        c->desc.order_k = {c->order_k.as<int32_t>(), s.Nk, 0};
+    }
+    psa_result r = psa_plan_init(&c->plan, &c->desc, &c->q.t, &c->k.t, &c->v.t, &c->out.t);
+    if (!CHECK(r == PSA_OK, "plan: %s", psa_result_string(r))) return false;
+    size_t map = psa_map_size(&c->plan);
+    c->work.reset(psa_cuda_work_size(&c->plan));
+    c->lse.reset((size_t)(s.B * s.Hq * s.Nq) * 4);
+    c->scores.reset(map * 4);
+    c->levels.reset(map);
+    return true;
+}
+
+/* Scores and levels of the CPU library. */
+static void cpu_map(call *c)
+{
+    psa_plan *p = &c->plan;
+    c->cpu_scores.assign(psa_map_size(p), 0);
+    c->cpu_levels.assign(psa_map_size(p), 0);
+    c->cpu_work.assign(psa_work_size(p), 0);
+    psa_pool(p, c->k.t.data, c->v.t.data, c->cpu_work.data(), 0, 1);
+    psa_score(p, c->q.t.data, c->k.t.data, c->cpu_work.data(), c->cpu_scores.data(), 0, 1);
+    psa_mask(p, c->cpu_scores.data(), c->cpu_work.data(), c->cpu_levels.data(), 0, 1);
+}
+
+/* out and lse of the CPU library for a map, in f32. */
+static void cpu_attend(call *c, const uint8_t *levels)
+{
+    psa_plan plan;
+    psa_plan_init(&plan, &c->desc, &c->q.t, &c->k.t, &c->v.t, &c->expected.t);
+    c->cpu_lse.assign((size_t)(c->s.B * c->s.Hq * c->s.Nq), 0);
+    c->cpu_work.assign(psa_work_size(&plan), 0);
+    psa_pool(&plan, c->k.t.data, c->v.t.data, c->cpu_work.data(), 0, 1);
+    psa_result r = psa_attend(&plan, c->q.t.data, c->k.t.data, c->v.t.data, levels, c->cpu_work.data(),
+                              c->expected.t.data, c->cpu_lse.data(), 0, 1);
+    CHECK(r == PSA_OK, "psa_attend: %s", psa_result_string(r));
+}
+
+/* What the rounding of q, k, v, means and weights to 16 bits may cost: relative error of a row of out. */
+static double rounding_of(const shape &s) { return (s.kv == PSA_F16 ? 2e-3 : 1.6e-2) * s.spread; }
+
+static void compare_out(const call &c)
+{
+    double limit = rounding_of(c.s), worst = 0, worst_lse = 0;
+    for (int64_t b = 0; b < c.s.B; b++) {
+        for (int64_t h = 0; h < c.s.Hq; h++) {
+            for (int64_t n = 0; n < c.s.Nq; n++) {
+                double error = 0, size = 0;
+                for (int64_t d = 0; d < c.s.Dv; d++) {
+                    double want = load(PSA_F32, element(c.expected.t, d, n, h, b));
+                    double got = load(c.s.out, element(c.out.t, d, n, h, b));
+                    error += (got - want) * (got - want);
+                    size += want * want;
+                }
+                size_t row = (size_t)((b * c.s.Hq + h) * c.s.Nq + n);
+                float lse = c.lse.as<float>()[row], want = c.cpu_lse[row];
+                double off = lse == want ? 0 : fabs((double)lse - want);
+                error = sqrt(error / (size + 1e-3 * c.s.Dv));
+                if (!(error <= worst)) worst = error;
+                if (!(off <= worst_lse)) worst_lse = off;
+            }
+        }
+    }
+    CHECK(worst <= limit, "out is off by %g of a row, expected %g", worst, limit);
+    CHECK(worst_lse <= 4 * limit, "lse is off by %g", worst_lse);
+    CHECK(c.out.memory.intact() && c.lse.intact() && c.work.intact(), "bytes before a buffer were written");
+}
+
+static void compare_scores(const call &c)
+{
+    double worst = 0;
+    const float *got = c.scores.as<float>();
+    for (size_t i = 0; i < c.cpu_scores.size(); i++) {
+        double want = c.cpu_scores[i], off = fabs(got[i] - want) / (want + 0.1 / (double)c.plan.nk);
+        if (!(off <= worst)) worst = off;
+    }
+    /* a logit's error is a relative error of a score */
+    CHECK(worst <= 3 * rounding_of(c.s), "scores are off by %g of themselves", worst);
+}
+
+static bool ok(psa_result r, int line) { return check(r == PSA_OK, line, "got \"%s\"", psa_result_string(r)); }
+#define OK(call) ok(call, __LINE__)
+
+static void random_schedule()
+{
+    emu::m.opt.order = (emu::schedule)rnd_int(0, 3);
+    emu::m.opt.copies = (emu::landing)rnd_int(0, 2);
+    emu::m.opt.warp = rnd_int(0, 3);
+    emu::m.opt.seed = rnd();
+}
+
+static void random_levels(const call &c, int skip, uint8_t *levels)
+{
+    for (size_t i = 0; i < psa_map_size(&c.plan); i++) {
+        levels[i] = (uint8_t)(rnd_chance(skip) ? 0 : 1 << rnd_int(0, c.plan.n_levels - 1));
+    }
+}
+
+/* ---- attend ---- */
+
+static void attend_case(const shape &s, const psa_desc &desc, int skip, bool ordered = false)
+{
+    call c;
+    random_schedule();
+    if (!call_make(&c, s, desc, ordered)) return;
+    random_levels(c, skip, c.levels.as<uint8_t>());
+    cpu_attend(&c, c.levels.as<uint8_t>());
+    bool done = OK(psa_cuda_pool(&c.plan, c.k.t.data, c.v.t.data, c.work.data(), nullptr)) &&
+                OK(psa_cuda_list(&c.plan, c.levels.as<uint8_t>(), c.work.data(), nullptr)) &&
+                OK(psa_cuda_attend(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.work.data(), c.out.t.data,
+                                   c.lse.as<float>(), nullptr));
+    if (done) compare_out(c);
+}
+
+static void test_attend_sizes()
+{
+    static const int dims[][2] = {{64, 64}, {128, 128}, {32, 32}, {80, 80}, {96, 40}, {72, 128}, {256, 256}, {200, 136}};
+    for (auto &d : dims) {
+        for (psa_type type : {PSA_BF16, PSA_F16}) {
+            shape s;
+            psa_desc desc = {};
+            s.D = d[0];
+            s.Dv = d[1];
+            s.q = s.kv = s.out = type;
+            s.Nq = 130;
+            s.Nk = 200;
+            desc.block_q = type == PSA_F16 ? 64 : 128;
+            desc.block_k = 32;
+            attend_case(s, desc, 30);
+        }
+    }
+}
+
+static void test_attend_random()
+{
+    static const int dims[] = {8, 16, 40, 64, 64, 72, 80, 128};
+    for (int i = 0; i < 30 * rounds; i++) {
+        shape s;
+        psa_desc desc = {};
+        s.B = rnd_int(1, 2);
+        s.Hkv = rnd_int(1, 2);
+        s.Hq = s.Hkv * rnd_int(1, 2);
+        s.Nq = rnd_chance(20) ? rnd_int(1, 8) : rnd_int(9, 200);
+        s.Nk = rnd_chance(20) ? rnd_int(1, 30) : rnd_int(31, 300);
+        s.D = dims[rnd_int(0, 7)];
+        s.Dv = dims[rnd_int(0, 7)];
+        s.q = (psa_type)rnd_int(0, 2);
+        s.kv = (psa_type)rnd_int(0, 2);
+        s.out = (psa_type)rnd_int(0, 2);
+        s.swapped = rnd_chance(40);
+        s.gap = rnd_chance(30) ? (s.q == PSA_F32 || s.kv == PSA_F32 ? 4u : 2u) * (unsigned)rnd_int(1, 8) : 0;
+        s.gap = s.gap && s.swapped ? 16 : s.gap;
+        s.spread = rnd_chance(20) ? 3 : 1;
+        desc.block_q = rnd_chance(50) ? 16 << rnd_int(0, 4) : rnd_int(16, 256);
+        desc.block_k = 16 << rnd_int(0, 3);
+        desc.causal = rnd_chance(40);
+        desc.scale = rnd_chance(20) ? -0.3f : 0;
+        attend_case(s, desc, rnd_chance(20) ? 97 : 40, !desc.causal && rnd_chance(30));
+    }
+}
+
+static void test_attend_dense()
+{
+    for (int causal = 0; causal < 2; causal++) {
+        shape s;
+        call c;
+        psa_desc desc = {};
+        s.Nq = 200;
+        s.Nk = causal ? 150 : 230; /* the first causal rows see nothing */
+        s.kv = s.q = PSA_F16;
+        desc.mask = PSA_MASK_DENSE;
+        desc.causal = causal;
+        random_schedule();
+        if (!call_make(&c, s, desc)) return;
+        cpu_attend(&c, nullptr);
+        psa_extra extra = {};
+        extra.lse = c.lse.as<float>();
+        if (OK(psa_cuda_attention(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.out.t.data, &extra, c.work.data(),
+                                  c.work.size, nullptr))) {
+            compare_out(c);
+        }
+    }
+}
+
+/* Few queries and many keys: the stream is split and its parts are combined. */
+static void test_attend_split()
+{
+    for (int i = 0; i < 4; i++) {
+        shape s;
+        psa_desc desc = {};
+        s.Hq = 2;
+        s.Nq = rnd_int(1, 20);
+        s.Nk = rnd_int(1000, 1400);
+        s.out = (psa_type)(i % 3);
+        desc.block_q = 16;
+        attend_case(s, desc, 20, i == 1);
+    }
+}
+
+static void test_nan_stays_in_its_row()
+{
+    shape s;
+    call c;
+    psa_desc desc = {};
+    s.Nq = s.Nk = 140;
+    desc.block_k = 32;
+    if (!call_make(&c, s, desc)) return;
+    random_levels(c, 40, c.levels.as<uint8_t>());
+    for (int64_t i = 0; i < (int64_t)psa_map_size(&c.plan); i++) {
+        if (i % c.plan.nk == 2) c.levels.as<uint8_t>()[i] = (uint8_t)(i / c.plan.nk == 0 ? 0 : 4);
+    }
+    store(s.q, element(c.q.t, 5, 7, 0, 0), NAN);          /* query 7 */
+    store(s.kv, element(c.k.t, 5, 70, 0, 0), INFINITY);   /* KV block 2, which query block 0 skips */
+    cpu_attend(&c, c.levels.as<uint8_t>());
+    OK(psa_cuda_pool(&c.plan, c.k.t.data, c.v.t.data, c.work.data(), nullptr));
+    OK(psa_cuda_list(&c.plan, c.levels.as<uint8_t>(), c.work.data(), nullptr));
+    OK(psa_cuda_attend(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.work.data(), c.out.t.data, nullptr, nullptr));
+    for (int64_t n = 0; n < s.Nq; n++) {
+        bool want = std::isnan(load(PSA_F32, element(c.expected.t, 0, n, 0, 0)));
+        bool got = std::isnan(load(s.out, element(c.out.t, 0, n, 0, 0)));
+        CHECK(want == got, "row %d: NaN is %d, expected %d", (int)n, got, want);
+    }
+}
+
+/* ---- pool, score, mask ---- */
+
+static psa_desc random_scores()
+{
+    psa_desc d = {};
+    d.score = (psa_score_kind)rnd_int(0, 3);
+    d.sample_q = rnd_chance(50) ? 0 : rnd_int(1, 10) / 10.0;
+    d.sample_k = rnd_chance(50) ? 0 : rnd_int(1, 10) / 10.0;
+    d.score_norm = rnd_chance(30);
+    d.score_mean = rnd_chance(30);
+    d.stride = 2 << rnd_int(0, 1);
+    d.seed = rnd();
+    d.block_q = 16 << rnd_int(0, 3);
+    d.block_k = 16 << rnd_int(0, 3);
+    d.causal = rnd_chance(40);
+    return d;
+}
+
+static shape random_shape()
+{
+    static const int dims[] = {8, 40, 64, 72, 128, 136};
+    shape s;
+    s.Hkv = rnd_int(1, 2);
+    s.Hq = s.Hkv * rnd_int(1, 2);
+    s.Nq = rnd_int(1, 150);
+    s.Nk = rnd_int(1, 300);
+    s.D = dims[rnd_int(0, 5)];
+    s.Dv = 16;
+    s.q = (psa_type)rnd_int(0, 2);
+    s.kv = (psa_type)rnd_int(0, 2);
+    s.swapped = rnd_chance(30);
+    return s;
+}
+
+static void test_score_random()
+{
+    for (int i = 0; i < 40 * rounds; i++) {
+        call c;
+        psa_desc desc = random_scores();
+        bool ordered = !desc.causal && rnd_chance(30);
+        random_schedule();
+        if (!call_make(&c, random_shape(), desc, ordered)) return;
+        cpu_map(&c);
+        bool done = OK(psa_cuda_pool(&c.plan, c.k.t.data, c.v.t.data, c.work.data(), nullptr)) &&
+                    OK(psa_cuda_score(&c.plan, c.q.t.data, c.k.t.data, c.work.data(), c.scores.as<float>(), nullptr));
+        if (done) compare_scores(c);
+        CHECK(c.scores.intact() && c.work.intact(), "bytes before a buffer were written");
+    }
+}
+
+/* More KV blocks than the strip in shared memory holds. */
+static void test_score_two_passes()
+{
+    for (int kind = PSA_SCORE_SAMPLE; kind <= PSA_SCORE_ANTIDIAGONAL; kind++) {
+        call c;
+        shape s;
+        psa_desc desc = {};
+        s.Nq = 100;
+        s.Nk = 16 * 700;
+        desc.block_k = 16;
+        desc.score = (psa_score_kind)kind;
+        desc.score_norm = 1;
+        random_schedule();
+        if (!call_make(&c, s, desc)) return;
+        cpu_map(&c);
+        OK(psa_cuda_score(&c.plan, c.q.t.data, c.k.t.data, c.work.data(), c.scores.as<float>(), nullptr));
+        compare_scores(c);
+    }
+}
+
+static void random_mask(psa_desc *d)
+{
+    int most = 0;
+    while (16 << most < d->block_k) most++;
+    most += 5; /* levels that block_k has */
+    d->mask = (psa_mask_kind)rnd_int(0, 1);
+    if (d->mask == PSA_MASK_TOPK && rnd_chance(30)) {
+        for (int i = 0; i < 3; i++) d->level_count[i] = rnd_int(0, 3);
+    } else if (rnd_chance(70)) {
+        double end = 0;
+        for (int i = 0; i < rnd_int(1, most); i++) d->level_end[i] = end += rnd_chance(30) ? 0 : (1 - end) * rnd_uniform();
+    }
+    d->inclusive = rnd_chance(30);
+    d->min_full = rnd_chance(30) ? 0.1 : 0;
+    d->n_sim_min = rnd_chance(50) ? rnd_int(1, 4) : 0;
+    for (int i = 0; i < d->n_sim_min; i++) d->sim_min[i] = 0.2 + 0.3 * rnd_uniform();
+    d->n_prefix = rnd_chance(20) ? rnd_int(1, 60) : 0;
+    d->n_suffix = rnd_chance(20) ? rnd_int(1, 60) : 0;
+    d->sink = rnd_chance(20);
+    d->diagonal = rnd_chance(20);
+    d->skip_mean = rnd_chance(20);
+}
+
+/* From the CPU's scores the same map, bit for bit. */
+static void test_mask_random()
+{
+    for (int i = 0; i < 60 * rounds; i++) {
+        call c;
+        psa_desc desc = random_scores();
+        random_mask(&desc);
+        desc.score = PSA_SCORE_SAMPLE;
+        bool ordered = !desc.causal && rnd_chance(30);
+        random_schedule();
+        shape s = random_shape();
+        s.D = 16;
+        s.Nk = rnd_chance(20) ? rnd_int(1000, 3000) : rnd_int(1, 300);
+        if (!call_make(&c, s, desc, ordered)) return;
+        cpu_map(&c);
+        if (rnd_chance(30)) { /* ties, zeros and what is no number */
+            for (float &x : c.cpu_scores) x = rnd_chance(5) ? NAN : rnd_chance(50) ? 0.25f * (float)rnd_int(-1, 2) : x;
+            psa_mask(&c.plan, c.cpu_scores.data(), c.cpu_work.data(), c.cpu_levels.data(), 0, 1);
+        }
+        OK(psa_cuda_pool(&c.plan, c.k.t.data, c.v.t.data, c.work.data(), nullptr));
+        OK(psa_cuda_mask(&c.plan, c.cpu_scores.data(), c.work.data(), c.levels.as<uint8_t>(), nullptr));
+        size_t wrong = 0;
+        for (size_t j = 0; j < c.cpu_levels.size(); j++) wrong += c.cpu_levels[j] != c.levels.as<uint8_t>()[j];
+        CHECK(wrong == 0, "%zu of %zu levels differ", wrong, c.cpu_levels.size());
+        CHECK(c.levels.intact() && c.work.intact(), "bytes before a buffer were written");
+    }
+}
+
+/* ---- everything at once ---- */
+
+static void test_one_call()
+{
+    for (int i = 0; i < 12 * rounds; i++) {
+        call c;
+        psa_desc desc = random_scores();
+        random_mask(&desc);
+        bool ordered = !desc.causal && rnd_chance(30);
+        random_schedule();
+        shape s = random_shape();
+        s.Dv = 64;
+        if (!call_make(&c, s, desc, ordered)) return;
+        psa_extra extra = {};
+        extra.lse = c.lse.as<float>();
+        extra.scores = c.scores.as<float>();
+        extra.levels = c.levels.as<uint8_t>();
+        cpu_map(&c);
+        if (!OK(psa_cuda_attention(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.out.t.data, &extra, c.work.data(),
+                                   c.work.size, nullptr))) {
+            continue;
+        }
+        compare_scores(c);
+        cpu_attend(&c, extra.levels); /* of the device's own map: near ties may have gone the other way */
+        compare_out(c);
+    }
+}
+
+static void test_merge()
+{
+    tensor a, b, got, want;
+    buffer lse_a(40 * 4), lse_b(40 * 4);
+    float lse[40];
+    for (tensor *t : {&a, &b, &got, &want}) tensor_make(t, PSA_F32, false, 0, 24, 10, 2, 2);
+    auto normal = [](int64_t, int64_t, int64_t, int64_t) { return rnd_normal(); };
+    tensor_fill(&a, normal);
+    tensor_fill(&b, normal);
+    memcpy(want.t.data, a.t.data, a.memory.size);
+    memcpy(got.t.data, a.t.data, a.memory.size);
+    for (int i = 0; i < 40; i++) {
+        lse_a.as<float>()[i] = lse[i] = i % 7 == 0 ? -INFINITY : (float)rnd_normal();
+        lse_b.as<float>()[i] = i % 5 == 0 ? -INFINITY : (float)rnd_normal();
+    }
+    psa_merge(&want.t, lse, &b.t, lse_b.as<float>(), 0, 1);
+    OK(psa_cuda_merge(&got.t, lse_a.as<float>(), &b.t, lse_b.as<float>(), nullptr));
+    double worst = 0;
+    for (size_t i = 0; i < a.memory.size / 4; i++) {
+        worst = fmax(worst, fabs((double)((float *)got.t.data)[i] - ((float *)want.t.data)[i]));
+    }
+    for (int i = 0; i < 40; i++) worst = fmax(worst, lse[i] == lse_a.as<float>()[i] ? 0 : fabs(lse[i] - lse_a.as<float>()[i]));
+    CHECK(worst < 1e-5, "merge is off by %g", worst);
+}
+
+static void test_errors()
+{
+    shape s;
+    call c;
+    psa_desc desc = {};
+    if (!call_make(&c, s, desc)) return;
+    char *work = c.work.data();
+    void *q = c.q.t.data, *k = c.k.t.data, *v = c.v.t.data, *out = c.out.t.data;
+    auto attention = [&](size_t size) {
+        return psa_cuda_attention(&c.plan, q, k, v, out, nullptr, work, size, nullptr);
+    };
+    CHECK(attention(c.work.size - 1) == PSA_ERR_CUDA_WORK, "a workspace that is too small");
+    q = (char *)q + 2;
+    CHECK(attention(c.work.size) == PSA_ERR_CUDA_ALIGN, "q at an odd address");
+    q = nullptr;
+    CHECK(attention(c.work.size) == PSA_ERR_NULL, "no q");
+    q = c.q.t.data;
+    emu::m.opt.capability = 75;
+    CHECK(attention(c.work.size) == PSA_ERR_CUDA_DEVICE, "compute capability 7.5");
+    emu::m.opt.capability = 0;
+    CHECK(attention(c.work.size) == PSA_ERR_CUDA_DEVICE, "no device");
+    emu::m.opt.capability = 80;
+    c.desc.score = PSA_SCORE_ANTIDIAGONAL;
+    c.desc.stride = 64;
+    psa_plan_init(&c.plan, &c.desc, &c.q.t, &c.k.t, &c.v.t, &c.out.t);
+    CHECK(attention(c.work.size) == PSA_ERR_CUDA_SIZE, "a stride that does not fit into shared memory");
+    for (char *p = c.out.memory.data(); p < c.out.memory.data() + c.out.memory.size; p++) {
+        if (*p != (char)0xff && CHECK(false, "out was written")) break;
+    }
+    CHECK(psa_cuda_pool(nullptr, k, v, work, nullptr) == PSA_ERR_NULL, "no plan");
+    CHECK(psa_cuda_pool(&c.plan, k, v, nullptr, nullptr) == PSA_ERR_NULL, "no workspace");
+}
+
+/* ---- what the emulator would notice ---- */
+
+/* All bytes that a call leaves behind. */
+static std::vector<char> outputs_of(const call &c)
+{
+    std::vector<char> all;
+    for (const buffer *b : {&c.out.memory, &c.lse, &c.scores, &c.levels}) all.insert(all.end(), b->data(), b->data() + b->size);
+    return all;
+}
+
+static std::vector<char> run_quietly(call *c)
+{
+    psa_extra extra = {};
+    extra.lse = c->lse.as<float>();
+    extra.scores = c->scores.as<float>();
+    extra.levels = c->levels.as<uint8_t>();
+    for (const buffer *b : {&c->out.memory, &c->lse, &c->scores, &c->levels, &c->work}) memset(b->data(), 0xff, b->size);
+    emu::m.opt.quiet = true;
+    psa_cuda_attention(&c->plan, c->q.t.data, c->k.t.data, c->v.t.data, c->out.t.data, &extra, c->work.data(),
+                       c->work.size, nullptr);
+    return outputs_of(*c);
+}
+
+static const emu::options schedules[] = {
+    {emu::IN_ORDER, emu::LATE, 0}, {emu::AHEAD, emu::EARLY, 3},  {emu::BEHIND, emu::EARLY, 0}, {emu::BEHIND, emu::LATE, 1},
+    {emu::AHEAD, emu::LATE, 2},    {emu::RANDOM, emu::COIN, 0},  {emu::RANDOM, emu::EARLY, 0}, {emu::RANDOM, emu::LATE, 0},
+};
+
+/* A call that goes through every kernel, with more tiles than stages and steps than warps. */
+static bool call_of_everything(call *c)
+{
+    shape s;
+    psa_desc desc = {};
+    s.Nq = 128;
+    s.Nk = 2500;
+    s.out = s.q = s.kv = PSA_F16;
+    desc.block_k = 16;
+    desc.mask = PSA_MASK_THRESHOLD;
+    desc.n_sim_min = 2;
+    desc.sim_min[0] = desc.sim_min[1] = 0.2;
+    desc.skip_mean = 1;
+    desc.score_norm = 1;
+    desc.sample_q = 0.5;
+    return call_make(c, s, desc);
+}
+
+static void test_same_bits_under_every_schedule()
+{
+    call c;
+    if (!call_of_everything(&c)) return;
+    std::vector<char> first;
+    for (const emu::options &o : schedules) {
+        emu::m.opt = o;
+        std::vector<char> now = run_quietly(&c);
+        CHECK(!emu::m.failed, "the launch failed");
+        if (first.empty()) first = now;
+        CHECK(now == first, "schedule %d gives other bits", (int)(&o - schedules));
+    }
+}
+
+/* Leaves out every barrier and wait in turn, and shifts every ldmatrix: some schedule must show it. */
+static void test_every_barrier_is_needed()
+{
+    call c;
+    if (!call_of_everything(&c)) return;
+    emu::m.opt = schedules[0];
+    emu::m.syncs.clear();
+    emu::m.matrices.clear();
+    std::vector<char> right = run_quietly(&c);
+    std::set<int> syncs = emu::m.syncs, matrices = emu::m.matrices;
+    CHECK(syncs.size() > 10 && matrices.size() >= 5, "found %zu and %zu", syncs.size(), matrices.size());
+    for (int line : syncs) {
+        bool caught = false;
+        for (const emu::options &o : schedules) {
+            emu::m.opt = o;
+            emu::m.opt.skip_line = line;
+            if (!caught) caught = run_quietly(&c) != right || emu::m.failed;
+        }
+        CHECK(caught, "psa_cuda.cu:%d: nothing changes without this barrier or wait", line);
+    }
+    for (int line : matrices) {
+        emu::m.opt = schedules[0];
+        emu::m.opt.shift_line = line;
+        CHECK(run_quietly(&c) != right, "psa_cuda.cu:%d: nothing changes with a wrong swizzle", line);
+    }
+}
+
+/* Rows of 256 bytes: eight at the same chunk collide, and do not with the XOR of psa__at. */
+static void test_wavefronts_are_counted()
+{
+    uint32_t plain[8], swizzled[8];
+    for (uint32_t r = 0; r < 8; r++) plain[r] = r * 256 + 48, swizzled[r] = r * 256 + ((3 ^ r) << 4);
+    emu::m.lines.clear();
+    emu::count_wavefronts(1, plain, 8, 16);
+    emu::count_wavefronts(2, swizzled, 8, 16);
+    CHECK(emu::m.lines[1].wavefronts == 8, "without swizzle: %d", (int)emu::m.lines[1].wavefronts);
+    CHECK(emu::m.lines[2].wavefronts == 1, "with it: %d", (int)emu::m.lines[2].wavefronts);
+}
+
+static void test_no_bank_conflicts()
+{
+    for (int d : {64, 128, 256}) {
+        shape s;
+        call c;
+        psa_desc desc = {};
+        s.D = s.Dv = d;
+        s.q = s.kv = s.out = PSA_F16;
+        s.Nq = 128;
+        s.Nk = 400;
+        if (!call_make(&c, s, desc)) return;
+        emu::m.opt.count = true;
+        emu::m.lines.clear();
+        run_quietly(&c);
+        CHECK(!emu::m.lines.empty(), "nothing was counted");
+        for (auto &l : emu::m.lines) {
+            CHECK(l.second.wavefronts == l.second.ideal, "psa_cuda.cu:%d: %d wavefronts where %d would do, D %d", l.first,
+                  (int)l.second.wavefronts, (int)l.second.ideal, d);
+        }
+    }
+}
+
+static void test_deadlock_and_bounds()
+{
+    struct nothing {};
+    emu::m.opt.quiet = true;
+    bool went = emu::launch<nothing>([](nothing) { if (threadIdx.x < 64) psa__barrier(); }, {1, 1, 1}, 128, 64, {});
+    CHECK(!went, "a barrier that half of the block does not reach");
+    went = emu::launch<nothing>([](nothing) { psa__sts(threadIdx.x * 4, 1); }, {1, 1, 1}, 32, 64, {});
+    CHECK(!went, "a store beyond shared memory");
+    went = emu::launch<nothing>([](nothing) { psa__sts(threadIdx.x * 4 + 2, 1); }, {1, 1, 1}, 32, 256, {});
+    CHECK(!went, "a store that is not aligned");
+}
+
+int main(int argc, char **argv)
+{
+    static const struct {
+        const char *name;
+        void (*run)();
+    } tests[] = {
+        {"emulator/wavefronts", test_wavefronts_are_counted}, {"emulator/deadlock", test_deadlock_and_bounds},
+        {"attend/sizes", test_attend_sizes},                  {"attend/random", test_attend_random},
+        {"attend/dense", test_attend_dense},                  {"attend/split", test_attend_split},
+        {"attend/nan", test_nan_stays_in_its_row},            {"score/random", test_score_random},
+        {"score/two-passes", test_score_two_passes},          {"mask/random", test_mask_random},
+        {"call/random", test_one_call},                       {"call/merge", test_merge},
+        {"call/errors", test_errors},                         {"schedule/same-bits", test_same_bits_under_every_schedule},
+        {"schedule/barriers", test_every_barrier_is_needed},  {"schedule/conflicts", test_no_bank_conflicts},
+    };
+    std::string filter;
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (!strcmp(argv[i], "--filter")) filter = argv[i + 1];
+        else if (!strcmp(argv[i], "--rounds")) rounds = atoi(argv[i + 1]);
+        else if (!strcmp(argv[i], "--seed")) seed = strtoull(argv[i + 1], nullptr, 10);
+        else return fprintf(stderr, "usage: test_cuda [--filter TEXT] [--rounds N] [--seed N]\n"), 2;
+    }
+    for (auto &t : tests) {
+        if (!strstr(t.name, filter.c_str())) continue;
+        clock_t start = clock();
+        int before = failures;
+        current = t.name;
+        state = seed;
+        emu::m.opt = emu::options();
+        t.run();
+        printf("%-24s %s %5.1f s\n", t.name, failures == before ? "ok" : "FAILED", (double)(clock() - start) / CLOCKS_PER_SEC);
+        fflush(stdout);
+    }
+    printf("%d passed, %d failed\n", checks - failures, failures);
+    return failures != 0;
+}
