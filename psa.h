@@ -492,9 +492,9 @@ PSA_API psa_result psa_preset_grid(const psa_preset *preset, int frames, int hei
 #ifdef PSA_CUDA
 extern size_t psa_cuda_work_size(const psa_plan *plan); /* bytes of work, any alignment */
 extern psa_result psa_cuda_pool(const psa_plan *plan, const void *k, const void *v, void *work, void *stream);
+/* scores and levels may be NULL: they then stay in work. */
 extern psa_result psa_cuda_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores,
                                  void *stream);
-/* levels NULL: only the list is wanted */
 extern psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, void *stream);
 /* The list of the caller's own map; NULL: dense. An entry that is no level of the plan is read at level 1. */
 extern psa_result psa_cuda_list(const psa_plan *plan, const uint8_t *levels, void *work, void *stream);

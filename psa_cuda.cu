@@ -1,14 +1,14 @@
 /* psa_cuda.cu - Pyramid Sparse Attention on NVIDIA GPUs: the stages of psa.h as CUDA kernels. MIT licence, as psa.h.
  *
- * STATE. This file has not run on hardware yet. It compiles for sm_80 to sm_120 without spills, and every kernel is
- * compared with the CPU library on an emulator of CUDA threads (tests/cuda). Speed has not been measured at all.
+ * STATE. This has not run on hardware yet. It compiles for sm_80 to sm_120 without spills, and every kernel is compared
+ * with the CPU library on an emulator of CUDA threads (tests/cuda). Speed has not been measured at all.
  *
  * BUILD
  *
- *     nvcc -O3 -std=c++17 -gencode arch=compute_80,code=[sm_80,compute_80] -c psa_cuda.cu
+ *     nvcc -O3 -std=c++17 -gencode arch=compute_80,code=[sm_80,compute_80] -c psa_cuda.cu    (or: make cuda)
  *
- *     One object to link with a program that compiles psa.h with PSA_IMPLEMENTATION somewhere. Needs the CUDA runtime,
- *     12.0 or later, and nothing else. C declarations: psa.h with PSA_CUDA defined, section >>cuda.
+ *     One object for a program that compiles psa.h with PSA_IMPLEMENTATION somewhere. Needs the CUDA runtime, 12.0 or
+ *     later. C declarations: psa.h with PSA_CUDA defined, section >>cuda.
  *
  * CALL
  *
@@ -53,7 +53,6 @@
 #ifdef PSA_CUDA_EMULATED
 #include "emu.h"
 #else
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -65,16 +64,10 @@ struct psa__f16 {};
 /* Shared memory is one dynamic block; addresses in it are offsets from here. */
 extern __shared__ __align__(1024) unsigned char psa__shared[];
 
-PSA__WRAP uint32_t psa__address(uint32_t offset)
-{
-    return (uint32_t)__cvta_generic_to_shared(psa__shared) + offset;
-}
+PSA__WRAP uint32_t psa__address(uint32_t offset) { return (uint32_t)__cvta_generic_to_shared(psa__shared) + offset; }
 
 template <class V> PSA__WRAP V psa__lds(uint32_t offset) { return *reinterpret_cast<const V *>(psa__shared + offset); }
-template <class V> PSA__WRAP void psa__sts(uint32_t offset, const V &v)
-{
-    *reinterpret_cast<V *>(psa__shared + offset) = v;
-}
+template <class V> PSA__WRAP void psa__sts(uint32_t to, const V &v) { *reinterpret_cast<V *>(psa__shared + to) = v; }
 
 PSA__WRAP void psa__barrier() { __syncthreads(); }
 PSA__WRAP void psa__sync_warp() { __syncwarp(); }
@@ -90,21 +83,14 @@ PSA__WRAP void psa__cp_async(uint32_t to, const void *from, bool exists)
 PSA__WRAP void psa__cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> PSA__WRAP void psa__cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-/* Four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i. */
-PSA__WRAP void psa__ldmatrix(uint32_t (&r)[4], uint32_t offset)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(psa__address(offset))
-                 : "memory");
-}
-PSA__WRAP void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(psa__address(offset))
-                 : "memory");
-}
+/* Four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i. _t: transposed. */
+#define PSA__LDMATRIX(kind)                                                                                            \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" kind ".shared.b16 {%0,%1,%2,%3}, [%4];"                               \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                                      \
+                 : "r"(psa__address(offset))                                                                           \
+                 : "memory")
+PSA__WRAP void psa__ldmatrix(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRIX(""); }
+PSA__WRAP void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRIX(".trans"); }
 
 /* c[16][8] += a[16][16] b[16][8]. Lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of c. */
 #define PSA__MMA(type)                                                                                                 \
@@ -112,25 +98,16 @@ PSA__WRAP void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset)
                  "{%0,%1,%2,%3};"                                                                                      \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-PSA__WRAP void psa__mma(psa__bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    PSA__MMA("bf16");
-}
-PSA__WRAP void psa__mma(psa__f16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    PSA__MMA("f16");
-}
+typedef const uint32_t (&psa__a)[4];
+PSA__WRAP void psa__mma(psa__bf16, float (&c)[4], psa__a a, uint32_t b0, uint32_t b1) { PSA__MMA("bf16"); }
+PSA__WRAP void psa__mma(psa__f16, float (&c)[4], psa__a a, uint32_t b0, uint32_t b1) { PSA__MMA("f16"); }
 
-PSA__WRAP uint32_t psa__pack(psa__bf16, float low, float high)
-{
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&x);
-}
-PSA__WRAP uint32_t psa__pack(psa__f16, float low, float high)
-{
-    __half2 x = __floats2half2_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&x);
-}
+#define PSA__PACK(type)                                                                                                \
+    uint32_t x;                                                                                                        \
+    asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));                                          \
+    return x
+PSA__WRAP uint32_t psa__pack(psa__bf16, float low, float high) { PSA__PACK("bf16"); }
+PSA__WRAP uint32_t psa__pack(psa__f16, float low, float high) { PSA__PACK("f16"); }
 PSA__WRAP float psa__to_float(psa__bf16, uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
 PSA__WRAP float psa__to_float(psa__f16, uint16_t h) { return __half2float(__ushort_as_half(h)); }
 PSA__WRAP float psa__as_float(uint32_t u) { return __uint_as_float(u); }
@@ -197,6 +174,7 @@ struct psa__index { /* a psa_order; index in device memory, NULL: identity */
 };
 
 struct psa__job {
+    int shared_max;           /* bytes that a block may have */
     int B, Hq, Hkv, group, Nq, Nk, D, Dv, nq, nk, block_q, block_k, log2_block_k;
     int causal, shift;        /* query i stands at token i + shift and sees the tokens up to that one */
     float scale;              /* positive, includes log2(e): logits are in units of log2 */
@@ -242,8 +220,6 @@ struct alignas(8) psa__f2 {
 };
 
 PSA__DEVICE int psa__imin(int a, int b) { return a < b ? a : b; }
-PSA__DEVICE int psa__imax(int a, int b) { return a > b ? a : b; }
-PSA__DEVICE int psa__log2i(int power_of_two) { return (int)(psa__as_bits((float)power_of_two) >> 23) - 127; }
 
 PSA__DEVICE char *psa__row(const psa__view &t, int b, int h, int64_t i)
 {
@@ -281,30 +257,28 @@ PSA__DEVICE int psa__n_whole(const psa__job &job, int iq)
     return seen < 0 ? 0 : seen / job.block_k;
 }
 
+PSA__DEVICE float psa__load(const char *row, int type, int i)
+{
+    if (type == PSA_F32) return reinterpret_cast<const float *>(row)[i];
+    uint16_t h = reinterpret_cast<const uint16_t *>(row)[i];
+    return type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+}
+
 /* 8 elements of any type as f32. */
 PSA__DEVICE void psa__load8(float (&x)[8], const char *p, int type, int aligned)
 {
-    if (type == PSA_F32) {
-        if (aligned) {
-            for (int i = 0; i < 2; i++) {
-                psa__u4 u = reinterpret_cast<const psa__u4 *>(p)[i];
-                for (int e = 0; e < 4; e++) x[4 * i + e] = psa__as_float(u.x[e]);
-            }
-        } else {
-            for (int i = 0; i < 8; i++) x[i] = reinterpret_cast<const float *>(p)[i];
-        }
-        return;
-    }
-    psa__u4 u;
-    if (aligned) {
-        u = *reinterpret_cast<const psa__u4 *>(p);
+    const psa__u4 *chunk = reinterpret_cast<const psa__u4 *>(p);
+    if (!aligned) {
+        for (int i = 0; i < 8; i++) x[i] = psa__load(p, type, i);
+    } else if (type == PSA_F32) {
+        psa__u4 low = chunk[0], high = chunk[1];
+        for (int i = 0; i < 4; i++) x[i] = psa__as_float(low.x[i]), x[4 + i] = psa__as_float(high.x[i]);
     } else {
-        const uint16_t *h = reinterpret_cast<const uint16_t *>(p);
-        for (int i = 0; i < 4; i++) u.x[i] = h[2 * i] | (uint32_t)h[2 * i + 1] << 16;
-    }
-    for (int i = 0; i < 8; i++) {
-        uint16_t h = (uint16_t)(u.x[i / 2] >> i % 2 * 16);
-        x[i] = type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+        psa__u4 u = chunk[0];
+        for (int i = 0; i < 8; i++) {
+            uint16_t h = (uint16_t)(u.x[i / 2] >> i % 2 * 16);
+            x[i] = type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+        }
     }
 }
 
@@ -315,9 +289,9 @@ template <class T> PSA__DEVICE psa__u4 psa__pack8(const float (&x)[8])
     return u;
 }
 
-/* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes. A row is a multiple of 128 bytes, all banks, so
- * without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in the same four banks. Tiles begin
- * at multiples of their row, so at(row, chunk + 2*k) = at(row, chunk) ^ 32*k for even steps from chunk 0 or 1. */
+/* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes. A row is a multiple of 128 bytes, all banks,
+ * so without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in the same four banks. Tiles
+ * begin at multiples of their rows, so at(row, c + 2*k) is at(row, c) ^ 32*k for c 0 or 1. */
 template <int DP> PSA__DEVICE uint32_t psa__at(int row, int chunk)
 {
     return (uint32_t)(row * DP * 2 + ((chunk ^ (row & 7)) << 4));
@@ -437,29 +411,36 @@ PSA__DEVICE float psa__cosine(const psa__view &in, const char *a, const char *b,
     return aa > 0 && bb > 0 ? ab / (sqrtf(aa) * sqrtf(bb)) : aa == aa && bb == bb ? 0.0f : ab;
 }
 
-/* The coarsest level whose groups' first and last tokens have a mean cosine above the level's threshold. */
+/* Groups of level 1 << i with two tokens at least. */
+PSA__DEVICE int psa__groups(int n, int i) { return (n >> i) + ((n & ((1 << i) - 1)) > 1); }
+
+/* The coarsest level whose groups' first and last tokens have a mean cosine above the level's threshold. Cosines of
+ * level 1 << i lie behind those of the finer ones: fewer than block_k of them in all. */
 PSA__DEVICE void psa__similarity_cap(const psa__job &job, const psa__pool_block &w)
 {
-    int cap = 0;
+    uint32_t at = PSA__POOL_SUMS;
     for (int i = 1; i <= job.n_sim_min; i++) {
-        int groups = (w.n + (1 << i) - 1) >> i, last = groups - 1, counted = groups;
-        if (w.n - (last << i) == 1) counted--; /* a group of one token has nothing to compare */
-        for (int t = (int)threadIdx.x / 32; t < counted; t += PSA__WARPS) {
-            int first = w.jk * job.block_k + (t << i), end = first + psa__imin(1 << i, w.n - (t << i)) - 1;
-            float cosine = psa__cosine(
-                w.in, psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, first)),
-                psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, end)), w.D);
-            if (threadIdx.x % 32 == 0) psa__sts(PSA__POOL_SUMS + (uint32_t)t * 4, cosine);
+        int groups = psa__groups(w.n, i);
+        for (int t = (int)threadIdx.x / 32; t < groups; t += PSA__WARPS) {
+            int first = w.jk * job.block_k + (t << i), last = first + psa__imin(1 << i, w.n - (t << i)) - 1;
+            float cosine = psa__cosine(w.in, psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, first)),
+                                       psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, last)), w.D);
+            if (threadIdx.x % 32 == 0) psa__sts(at + (uint32_t)t * 4, cosine);
         }
-        psa__barrier();
-        if (threadIdx.x == 0) {
-            double sum = 0;
-            for (int t = 0; t < counted; t++) sum += psa__lds<float>(PSA__POOL_SUMS + (uint32_t)t * 4);
-            if (counted && sum / counted > job.sim_min[i - 1]) cap = i;
-        }
-        psa__barrier();
+        at += (uint32_t)groups * 4;
     }
-    if (threadIdx.x == 0) job.cap[(int64_t)(w.b * job.Hkv + w.hkv) * job.nk + w.jk] = (uint8_t)(1 << cap);
+    psa__barrier();
+    if (threadIdx.x != 0) return;
+    int cap = 0;
+    at = PSA__POOL_SUMS;
+    for (int i = 1; i <= job.n_sim_min; i++) {
+        int groups = psa__groups(w.n, i);
+        double sum = 0;
+        for (int t = 0; t < groups; t++) sum += psa__lds<float>(at + (uint32_t)t * 4);
+        if (groups && sum / groups > job.sim_min[i - 1]) cap = i;
+        at += (uint32_t)groups * 4;
+    }
+    job.cap[(int64_t)(w.b * job.Hkv + w.hkv) * job.nk + w.jk] = (uint8_t)(1 << cap);
 }
 
 template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(const __grid_constant__ psa__job job)
@@ -505,7 +486,7 @@ template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(con
 /* One CTA per query block and head. `lanes` are the query vectors that stand for the block, `keys` those of a KV block:
  * sampled tokens, groups of tokens side by side, block means, or all tokens. With s = q k in units of log2:
  *
- *   shared memory:  A lanes [parts][16*lane_tiles][DP] | B [4 warps][STAGES][16 keys][DP] | strip f32 [lanes][KV blocks]
+ *   shared memory:  A [parts][lanes][DP] | B [4 warps][STAGES][16 keys][DP] | strip f32 [lanes][KV blocks]
  *
  *   warp w takes KV blocks w, w+4, ... (pairs of blocks where a block has only 8 columns) and brings their keys in by
  *   itself, 16 at a time, STAGES - 1 ahead: no barrier in the loop. A stays in registers (if parts == 1).
@@ -547,23 +528,18 @@ PSA__DEVICE int psa__n_lanes(const psa__job &job, int iq)
     return lanes;
 }
 
-/* Position of part `part` of lane i in query block iq; -1: zeros. */
-PSA__DEVICE int psa__lane_position(const psa__job &job, int iq, int i, int part)
+/* Row of part `part` of lane i among the n of a query block; n or more: there is none, zeros stand for it. */
+PSA__DEVICE int psa__lane_row(const psa__job &job, int n, int i, int part)
 {
-    int n = psa__block_q_rows(job, iq), at = i;
-    if (job.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.sample_q, i, n);
-    if (job.score == PSA_SCORE_ANTIDIAGONAL) at = i * job.parts + job.parts - 1 - part;
-    return at < n ? iq * job.block_q + at : -1;
+    if (job.score == PSA_SCORE_SAMPLE) return psa__sampled(job.sample_q, i, n);
+    return job.score == PSA_SCORE_ANTIDIAGONAL ? (i + 1) * job.parts - 1 - part : i;
 }
 
 /* The last token that lane i stands for. */
 PSA__DEVICE int psa__lane_token(const psa__job &job, int iq, int i)
 {
-    int n = psa__block_q_rows(job, iq), at = i;
-    if (job.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.sample_q, i, n);
-    if (job.score == PSA_SCORE_ANTIDIAGONAL) at = psa__imin(i * job.parts + job.parts, n) - 1;
-    if (job.score == PSA_SCORE_POOLED) at = n - 1;
-    return iq * job.block_q + at + job.shift;
+    int n = psa__block_q_rows(job, iq), row = job.score == PSA_SCORE_POOLED ? n - 1 : psa__lane_row(job, n, i, 0);
+    return iq * job.block_q + psa__imin(row, n - 1) + job.shift;
 }
 
 /* The first token of key c of block jk; -1: there is no such key. */
@@ -609,7 +585,8 @@ PSA__DEVICE void psa__score_load(const psa__job &job, const psa__score_block &w,
     int64_t stride = job.read_k.nb1;
     if (job.score == PSA_SCORE_POOLED) {
         stride = (int64_t)job.D * 2;
-        base = job.pooled_k + ((int64_t)(w.b * job.Hkv + w.hkv) * job.pooled_rows + job.level_row[job.n_levels - 1]) * stride;
+        int64_t first = (int64_t)(w.b * job.Hkv + w.hkv) * job.pooled_rows + job.level_row[job.n_levels - 1];
+        base = job.pooled_k + first * stride;
         if (row >= 0) row = jk;
     }
 #pragma unroll
@@ -630,11 +607,11 @@ template <class T, class S> PSA__DEVICE void psa__score_lanes(const psa__job &jo
         int c = item % CHUNKS, r = item / CHUNKS % rows, part = item / (CHUNKS * rows), lane = w.first + r;
         float x[8] = {}, y[8];
         if (lane < w.lanes && c < job.D / 8) {
-            int from = psa__lane_position(job, w.iq, lane, part);
-            int to = mean ? from + psa__block_q_rows(job, w.iq) : from < 0 ? from : from + 1;
+            int n = psa__block_q_rows(job, w.iq), from = psa__lane_row(job, n, lane, part);
+            int to = mean ? n : psa__imin(from + 1, n);
             for (int i = from; i < to; i++) {
-                psa__load8(y, psa__row(job.q, w.b, w.h, psa__token(job.order_q, w.b, w.h, i)) + c * bytes, job.q.type,
-                           job.q.aligned);
+                int64_t token = psa__token(job.order_q, w.b, w.h, w.iq * job.block_q + i);
+                psa__load8(y, psa__row(job.q, w.b, w.h, token) + c * bytes, job.q.type, job.q.aligned);
                 for (int e = 0; e < 8; e++) x[e] = mean ? x[e] + y[e] : y[e];
             }
             for (int e = 0; mean && e < 8; e++) x[e] *= 1.0f / (float)(to - from);
@@ -656,8 +633,8 @@ PSA__DEVICE void psa__join(float *bm, float *bs, float other_bm, float other_bs)
     *bm = top;
 }
 
-/* A step's logits (scaled by factor) into bm and bs of this thread's rows; a finished block into m and z, and, as number
- * jk - begin, into the strip if there is to be one. */
+/* A step's logits (scaled by factor) into bm and bs of this thread's rows; a finished block into m and z, and, as
+ * number jk - begin, into the strip if there is to be one. */
 template <class S>
 PSA__DEVICE void psa__score_reduce(const psa__job &job, const psa__score_block &w, const psa__step &now, int begin,
                                    bool keep, const float (&s)[S::TILES][2][4], float (&bm)[S::TILES][2],
@@ -708,7 +685,6 @@ PSA__DEVICE void psa__score_blocks(const psa__job &job, const psa__score_block &
     uint32_t a[S::TILES][S::KS][4];
     float s[S::TILES][2][4], bm[S::TILES][2], bs[S::TILES][2];
 
-    psa__sync_warp(); /* the warp is done with its stages */
     for (int i = 0; i < S::STAGES - 1; i++) {
         if (i < steps) psa__score_load<S>(job, w, psa__step_of(job, first, i), stage + (uint32_t)i * S::STAGE);
         psa__cp_commit();
@@ -718,9 +694,8 @@ PSA__DEVICE void psa__score_blocks(const psa__job &job, const psa__score_block &
         int ahead = step + S::STAGES - 1;
         psa__cp_wait<S::STAGES - 2>();
         psa__sync_warp(); /* the other lanes' copies have landed, and all are done with the stage to be filled */
-        if (ahead < steps) {
-            psa__score_load<S>(job, w, psa__step_of(job, first, ahead), stage + (uint32_t)(ahead % S::STAGES) * S::STAGE);
-        }
+        uint32_t to = stage + (uint32_t)(ahead % S::STAGES) * S::STAGE;
+        if (ahead < steps) psa__score_load<S>(job, w, psa__step_of(job, first, ahead), to);
         psa__cp_commit();
 #pragma unroll
         for (int i = 0; i < S::TILES * S::KS; i++) {
@@ -800,7 +775,7 @@ PSA__DEVICE int psa__score_pairs(const psa__job &job, const psa__score_block &w,
         while (jk >= w.whole && hidden < w.lanes && psa__lane_token(job, w.iq, hidden) < token) hidden++;
         pairs += w.lanes - hidden;
     }
-    return psa__imax(pairs, 1);
+    return pairs > 0 ? pairs : 1;
 }
 
 /* The row, of which n blocks are seen, to sum 1; one without mass becomes uniform. */
@@ -1032,7 +1007,7 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__list(const __grid_co
  *   | stage 0: K, V  |  [BN][DP] each           softmax on it, P = S packed to 16 bits is the A operand of
  *   | ...            |                          PV: O[16*MT][DP] += P V, V by ldmatrix.trans
  *   | stage S-1      |
- *   +----------------+                          what a row of the stream is goes in a ring of STAGES + 1 tiles: looked up
+ *   +----------------+                          what the rows of a tile i are: a ring of STAGES + 1 tiles, looked up
  *   | rows, biases   |                          during tile i - STAGES, copied from tile i - STAGES + 1 on, used at i
  *   +----------------+
  *
@@ -1201,17 +1176,14 @@ template <class S> PSA__DEVICE void psa__add_biases(const psa__job &job, int slo
     int lane = (int)threadIdx.x % 32;
     int first = psa__here<S>().row0 + job.shift + (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
 #pragma unroll
-    for (int j = 0; j < S::BN / 8; j++) {
+    for (int j = 0; j < S::BN / 8 * 2; j++) {
+        uint32_t at = (uint32_t)(slot * S::BN + j / 2 * 8 + lane % 4 * 2 + j % 2) * 4;
+        float bias = psa__lds<float>(S::AT_BIAS + at);
+        int row = job.causal ? psa__lds<int>(S::AT_ROWS + at) : -1; /* pooled rows are negative, hidden from none */
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            uint32_t at = (uint32_t)(slot * S::BN + 8 * j + lane % 4 * 2 + e) * 4;
-            float bias = psa__lds<float>(S::AT_BIAS + at);
-            int row = job.causal ? psa__lds<int>(S::AT_ROWS + at) : -1; /* pooled rows are negative, hidden from none */
-#pragma unroll
-            for (int i = 0; i < S::MT * 2; i++) {
-                float &x = s[i / 2][j][i % 2 * 2 + e];
-                x = row > first + 8 * i ? -PSA__INF : x * job.scale + bias;
-            }
+        for (int i = 0; i < S::MT * 2; i++) {
+            float &x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
+            x = row > first + 8 * i ? -PSA__INF : x * job.scale + bias;
         }
     }
 }
@@ -1228,9 +1200,7 @@ PSA__DEVICE void psa__softmax(float scale, float bias, float (&s)[S::MT][S::BN /
     for (int i = 0; i < S::MT * 2; i++) {
         top[i] = -PSA__INF;
 #pragma unroll
-        for (int j = 0; j < S::BN / 8; j++) {
-            top[i] = fmaxf(top[i], fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
-        }
+        for (int j = 0; j < S::BN / 8 * 2; j++) top[i] = fmaxf(top[i], s[i / 2][j / 2][i % 2 * 2 + j % 2]);
         top[i] = fmaxf(top[i], psa__shuffle_xor(top[i], 1));
         top[i] = fmaxf(top[i], psa__shuffle_xor(top[i], 2)) * scale + bias;
         grew |= top[i] > m[i] + PSA__RESCALE;
@@ -1242,10 +1212,7 @@ PSA__DEVICE void psa__softmax(float scale, float bias, float (&s)[S::MT][S::BN /
             m[i] = now;
             l[i] *= shrink;
 #pragma unroll
-            for (int j = 0; j < S::DP / 8; j++) {
-                o[i / 2][j][i % 2 * 2] *= shrink;
-                o[i / 2][j][i % 2 * 2 + 1] *= shrink;
-            }
+            for (int j = 0; j < S::DP / 8 * 2; j++) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= shrink;
         }
     }
 #pragma unroll
@@ -1298,19 +1265,17 @@ PSA__DEVICE char *psa__out_row(const psa__job &job, const psa__attend_block &w, 
     return reinterpret_cast<char *>(job.part + at * job.Dv);
 }
 
-/* O as 16-bit elements goes through the warp's rows of Q, which nobody else reads, and out in rows of 16-byte chunks. */
+/* O in 16 bits goes through the warp's rows of Q, which nobody else reads, and out in rows of 16-byte chunks. */
 template <class T, class S> PSA__DEVICE void psa__write_16(const psa__job &job, const float (&o)[S::MT][S::DP / 8][4])
 {
     psa__attend_block w = psa__here<S>();
     int lane = (int)threadIdx.x % 32, row0 = (int)threadIdx.x / 32 * 16 * S::MT, chunks = job.Dv / 8;
     psa__sync_warp(); /* all lanes have read Q */
 #pragma unroll
-    for (int i = 0; i < S::MT * 2; i++) {
-#pragma unroll
-        for (int j = 0; j < S::DP / 8; j++) {
-            uint32_t x = psa__pack(T(), o[i / 2][j][i % 2 * 2], o[i / 2][j][i % 2 * 2 + 1]);
-            psa__sts(psa__at<S::DP>(row0 + 8 * i + lane / 4, j) + (uint32_t)lane % 4 * 4, x);
-        }
+    for (int x = 0; x < S::MT * 2 * S::DP / 8; x++) {
+        int i = x / (S::DP / 8), j = x % (S::DP / 8);
+        uint32_t pair = psa__pack(T(), o[i / 2][j][i % 2 * 2], o[i / 2][j][i % 2 * 2 + 1]);
+        psa__sts(psa__at<S::DP>(row0 + 8 * i + lane / 4, j) + (uint32_t)lane % 4 * 4, pair);
     }
     psa__sync_warp();
     for (int item = lane; item < 16 * S::MT * chunks; item += 32) {
@@ -1413,7 +1378,7 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
         if (i < end) psa__copy_tile<S>(job, i % S::RING, i % S::STAGES);
         psa__cp_commit();
     }
-    psa__load_queries<T, S>(job);
+    if (begin < end) psa__load_queries<T, S>(job); /* else nothing would come between this and the rows of O there */
 
     for (int i = begin; i < end; i++) { /* the inner loop */
         float s[S::MT][S::BN / 8][4];
@@ -1448,15 +1413,8 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
 /* >>combine: parts of a softmax over disjoint keys become one                                                       */
 /* ================================================================================================================= */
 
-/* One warp per row: its lanes go over the columns. top = max lse, weight = exp(lse - top), out = sum weight * part / sum
- * weight. The parts are those of a split stream, or, in merge, the caller's two results. */
-
-PSA__DEVICE float psa__load(const char *row, int type, int i)
-{
-    if (type == PSA_F32) return reinterpret_cast<const float *>(row)[i];
-    uint16_t h = reinterpret_cast<const uint16_t *>(row)[i];
-    return type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
-}
+/* One warp per row: its lanes go over the columns. With top = max lse and weight = exp(lse - top), out = sum of
+ * weight * part / sum of weights. The parts are those of a split stream, or, in merge, the caller's two results. */
 
 PSA__DEVICE void psa__store(char *row, int type, int i, float x)
 {
@@ -1503,7 +1461,8 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__merge(const __grid_c
     if (top == -PSA__INF) return;
     float wa = psa__weight(lse, top), wb = psa__weight(other, top);
     for (int c = lane; c < job.Dv; c += 32) {
-        float x = (wa != 0 ? wa * psa__load(to, job.out.type, c) : 0) + (wb != 0 ? wb * psa__load(from, job.q.type, c) : 0);
+        float x = wa != 0 ? wa * psa__load(to, job.out.type, c) : 0;
+        if (wb != 0) x += wb * psa__load(from, job.q.type, c);
         psa__store(to, job.out.type, c, x / (wa + wb));
     }
     psa__sync_warp(); /* all have read lse */
@@ -1516,10 +1475,11 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__merge(const __grid_c
 
 constexpr int PSA__FEW_CTAS = 128; /* with fewer, about the SMs of a GPU, streams are split */
 constexpr int PSA__MAX_SPLITS = 16;
+constexpr const char *PSA__TOO_LARGE = "stride * D is too large for scores on this device";
 
 static psa_result psa__refuse(const psa_plan *p, psa_result result, const char *message)
 {
-    if (p->desc.log_fn) p->desc.log_fn(p->desc.log_user, message);
+    if (p && p->desc.log_fn) p->desc.log_fn(p->desc.log_user, message);
     return result;
 }
 
@@ -1603,15 +1563,10 @@ static void psa__job_mask(const psa_desc *d, psa__job *job)
         job->finest++;
     }
     job->counted = counted;
-    job->inclusive = d->inclusive;
-    job->min_full = d->min_full;
+    job->inclusive = d->inclusive, job->min_full = d->min_full, job->skip_mean = d->skip_mean;
+    job->n_prefix = d->n_prefix, job->n_suffix = d->n_suffix, job->sink = d->sink, job->diagonal = d->diagonal;
     job->n_sim_min = d->n_sim_min;
     memcpy(job->sim_min, d->sim_min, sizeof job->sim_min);
-    job->n_prefix = d->n_prefix;
-    job->n_suffix = d->n_suffix;
-    job->sink = d->sink;
-    job->diagonal = d->diagonal;
-    job->skip_mean = d->skip_mean;
 }
 
 static void psa__job_score(const psa_plan *p, psa__job *job)
@@ -1629,13 +1584,19 @@ static void psa__job_score(const psa_plan *p, psa__job *job)
     memcpy(job->sample_k, p->sample_k, sizeof job->sample_k);
 }
 
-/* How many lanes and KV blocks of psa__score fit into shared memory; returns the bytes, 0 if it does not fit. */
-template <class S> static size_t psa__score_fit(psa__job *job, int shared_max)
+struct psa__choice { /* a kernel and its shared memory; 0: it does not fit */
+    void (*kernel)(psa__job);
+    size_t shared;
+};
+
+/* How many lanes and KV blocks of psa__score fit into shared memory; returns the bytes. */
+template <class S> static size_t psa__score_fit(psa__job *job)
 {
     int64_t lane_tiles = (job->lanes + 15) / 16 < S::TILES ? (job->lanes + 15) / 16 : S::TILES;
     for (; lane_tiles > 0; lane_tiles--) {
-        int64_t row = 16 * lane_tiles * 4, fixed = job->parts * 16 * lane_tiles * S::DP * 2 + S::B_BYTES + S::LANE_BYTES;
-        int64_t strip = (shared_max - fixed) / row - 1, all = (job->nk + 1) / 2 * 2;
+        int64_t row = 16 * lane_tiles * 4, a = job->parts * 16 * lane_tiles * S::DP * 2;
+        int64_t fixed = a + S::B_BYTES + S::LANE_BYTES, strip = (job->shared_max - fixed) / row - 1;
+        int64_t all = (job->nk + 1) / 2 * 2;
         if (strip > all) strip = all;
         if (strip < 32 && strip < all) continue;
         job->lane_tiles = (int)lane_tiles;
@@ -1645,41 +1606,34 @@ template <class S> static size_t psa__score_fit(psa__job *job, int shared_max)
     return 0;
 }
 
-template <class T> static size_t psa__score_kernel(psa__job *job, int shared_max, void (**kernel)(psa__job))
+template <class T> static psa__choice psa__choose_score(psa__job *job)
 {
-    if (job->D <= 64) {
-        *kernel = psa__score<T, psa__score_shape<64>>;
-        return psa__score_fit<psa__score_shape<64>>(job, shared_max);
-    }
-    if (job->D <= 128) {
-        *kernel = psa__score<T, psa__score_shape<128>>;
-        return psa__score_fit<psa__score_shape<128>>(job, shared_max);
-    }
-    *kernel = psa__score<T, psa__score_shape<256>>;
-    return psa__score_fit<psa__score_shape<256>>(job, shared_max);
+    if (job->D <= 64) return {psa__score<T, psa__score_shape<64>>, psa__score_fit<psa__score_shape<64>>(job)};
+    if (job->D <= 128) return {psa__score<T, psa__score_shape<128>>, psa__score_fit<psa__score_shape<128>>(job)};
+    return {psa__score<T, psa__score_shape<256>>, psa__score_fit<psa__score_shape<256>>(job)};
 }
 
-/* The kernel for scores and its shared memory; the job is told what fits. */
-static psa_result psa__choose_score(const psa_plan *p, psa__job *job, int shared_max, void (**kernel)(psa__job),
-                                    size_t *shared)
+template <class T> static psa__choice psa__choose_attend(const psa_plan *p)
 {
-    *shared = p->k.type == PSA_F16 ? psa__score_kernel<psa__f16>(job, shared_max, kernel)
-                                   : psa__score_kernel<psa__bf16>(job, shared_max, kernel);
-    if (*shared != 0) return PSA_OK;
-    return psa__refuse(p, PSA_ERR_CUDA_SIZE, "stride * D is too large for scores on this device");
+    int dim = psa__padded_dim(p), few = p->desc.block_q <= 64;
+    if (dim == 256) return {psa__attend<T, psa__tiles_256>, psa__tiles_256::BYTES};
+    if (dim == 128 && few) return {psa__attend<T, psa__tiles_128_few>, psa__tiles_128_few::BYTES};
+    if (dim == 128) return {psa__attend<T, psa__tiles_128>, psa__tiles_128::BYTES};
+    if (few) return {psa__attend<T, psa__tiles_64_few>, psa__tiles_64_few::BYTES};
+    return {psa__attend<T, psa__tiles_64>, psa__tiles_64::BYTES};
 }
 
 /* What every stage begins with: the device, the limits, the job. Pointers may be NULL where a stage has none. */
 static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q, const void *k, const void *v,
-                                const void *out, void *work, int *shared_max)
+                                const void *out, void *work)
 {
-    int device = 0, major = 0;
+    int device = 0, major = 0, shared_max = 0;
     if (!p) return PSA_ERR_NULL;
     if (!work) return psa__refuse(p, PSA_ERR_NULL, "work must not be NULL");
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-        major < 8 || *shared_max < 99 * 1024) {
+        cudaDeviceGetAttribute(&shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        major < 8 || shared_max < 99 * 1024) {
         return psa__refuse(p, PSA_ERR_CUDA_DEVICE, "expected a device of compute capability 8.0 or later");
     }
     if (((uintptr_t)q | (uintptr_t)k | (uintptr_t)v | (uintptr_t)out) % 16 != 0 || (out && !psa__in_chunks(&p->out))) {
@@ -1690,18 +1644,10 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
         return psa__refuse(p, PSA_ERR_CUDA_SIZE, "expected at most 65535 KV blocks, 8192 if they are ranked");
     }
     memset(job, 0, sizeof *job);
-    job->B = (int)p->B;
-    job->Hq = (int)p->Hq;
-    job->Hkv = (int)p->Hkv;
-    job->group = (int)(p->Hq / p->Hkv);
-    job->Nq = (int)p->Nq;
-    job->Nk = (int)p->Nk;
-    job->D = (int)p->D;
-    job->Dv = (int)p->Dv;
-    job->nq = (int)p->nq;
-    job->nk = (int)p->nk;
-    job->block_q = p->desc.block_q;
-    job->block_k = p->desc.block_k;
+    job->shared_max = shared_max;
+    job->B = (int)p->B, job->Hq = (int)p->Hq, job->Hkv = (int)p->Hkv, job->group = (int)(p->Hq / p->Hkv);
+    job->Nq = (int)p->Nq, job->Nk = (int)p->Nk, job->D = (int)p->D, job->Dv = (int)p->Dv;
+    job->nq = (int)p->nq, job->nk = (int)p->nk, job->block_q = p->desc.block_q, job->block_k = p->desc.block_k;
     while (1 << job->log2_block_k < job->block_k) job->log2_block_k++;
     job->causal = p->desc.causal != 0;
     job->shift = job->causal ? (int)(p->Nk - p->Nq) : 0;
@@ -1741,8 +1687,7 @@ extern "C" size_t psa_cuda_work_size(const psa_plan *plan)
 extern "C" psa_result psa_cuda_pool(const psa_plan *plan, const void *k, const void *v, void *work, void *stream)
 {
     psa__job job;
-    int shared_max;
-    psa_result r = psa__job_init(&job, plan, nullptr, k, v, nullptr, work, &shared_max);
+    psa_result r = psa__job_init(&job, plan, nullptr, k, v, nullptr, work);
     if (r != PSA_OK) return r;
     if (!k) return psa__refuse(plan, PSA_ERR_NULL, "k must not be NULL");
     if (plan->desc.mask == PSA_MASK_DENSE && !job.copies) return PSA_OK;
@@ -1754,22 +1699,22 @@ extern "C" psa_result psa_cuda_score(const psa_plan *plan, const void *q, const 
                                      void *stream)
 {
     psa__job job;
-    int shared_max;
-    size_t shared;
-    void (*kernel)(psa__job);
-    psa_result r = psa__job_init(&job, plan, q, k, nullptr, nullptr, work, &shared_max);
+    psa__choice choice;
+    psa_result r = psa__job_init(&job, plan, q, k, nullptr, nullptr, work);
     if (r != PSA_OK || plan->desc.mask == PSA_MASK_DENSE) return r;
     if (!q || !k) return psa__refuse(plan, PSA_ERR_NULL, "q and k must not be NULL");
     if (scores) job.scores = scores;
-    if ((r = psa__choose_score(plan, &job, shared_max, &kernel, &shared)) != PSA_OK) return r;
-    return psa__run(plan, kernel, psa__map_rows(plan), 1, shared, stream, job);
+    choice = plan->k.type == PSA_F16 ? psa__choose_score<psa__f16>(&job) : psa__choose_score<psa__bf16>(&job);
+    if (choice.shared == 0) return psa__refuse(plan, PSA_ERR_CUDA_SIZE, PSA__TOO_LARGE);
+    return psa__run(plan, choice.kernel, psa__map_rows(plan), 1, choice.shared, stream, job);
 }
 
-extern "C" psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, void *stream)
+extern "C" psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels,
+                                    void *stream)
 {
     psa__job job;
-    int shared_max, keys = 2;
-    psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work, &shared_max);
+    int keys = 2;
+    psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work);
     if (r != PSA_OK) return r;
     if (scores) job.scores = (float *)(uintptr_t)scores;
     if (levels) job.levels = levels;
@@ -1780,61 +1725,37 @@ extern "C" psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, v
 extern "C" psa_result psa_cuda_list(const psa_plan *plan, const uint8_t *levels, void *work, void *stream)
 {
     psa__job job;
-    int shared_max;
-    psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work, &shared_max);
+    psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work);
     if (r != PSA_OK) return r;
     job.levels = (uint8_t *)(uintptr_t)levels;
     return psa__run(plan, psa__list, psa__map_rows(plan), 1, PSA__KEYS, stream, job);
-}
-
-template <class T> static void psa__attend_kernel(const psa_plan *p, void (**kernel)(psa__job), size_t *shared)
-{
-    bool few = p->desc.block_q <= 64;
-    switch (psa__padded_dim(p)) {
-    case 64:
-        *kernel = few ? psa__attend<T, psa__tiles_64_few> : psa__attend<T, psa__tiles_64>;
-        *shared = few ? psa__tiles_64_few::BYTES : psa__tiles_64::BYTES;
-        break;
-    case 128:
-        *kernel = few ? psa__attend<T, psa__tiles_128_few> : psa__attend<T, psa__tiles_128>;
-        *shared = few ? psa__tiles_128_few::BYTES : psa__tiles_128::BYTES;
-        break;
-    default:
-        *kernel = psa__attend<T, psa__tiles_256>;
-        *shared = psa__tiles_256::BYTES;
-    }
 }
 
 extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const void *k, const void *v, void *work,
                                       void *out, float *lse, void *stream)
 {
     psa__job job;
-    int shared_max;
-    size_t shared;
-    void (*kernel)(psa__job);
-    psa_result r = psa__job_init(&job, plan, q, k, v, out, work, &shared_max);
+    psa__choice choice;
+    psa_result r = psa__job_init(&job, plan, q, k, v, out, work);
     if (r != PSA_OK) return r;
     if (!q || !k || !v || !out || plan->Dv == 0 || plan->out.ne[0] == 0) {
         return psa__refuse(plan, PSA_ERR_NULL, "q, k, v and out must not be NULL, in the plan neither");
     }
     job.lse = lse;
-    if (plan->k.type == PSA_F16) psa__attend_kernel<psa__f16>(plan, &kernel, &shared);
-    else psa__attend_kernel<psa__bf16>(plan, &kernel, &shared);
-    r = psa__run(plan, kernel, psa__map_rows(plan) * job.q_tiles, job.splits, shared, stream, job);
+    choice = plan->k.type == PSA_F16 ? psa__choose_attend<psa__f16>(plan) : psa__choose_attend<psa__bf16>(plan);
+    r = psa__run(plan, choice.kernel, psa__map_rows(plan) * job.q_tiles, job.splits, choice.shared, stream, job);
     if (r != PSA_OK || job.splits == 1) return r;
-    return psa__run(plan, psa__combine, (plan->B * plan->Hq * plan->Nq + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
+    int64_t rows = plan->B * plan->Hq * plan->Nq;
+    return psa__run(plan, psa__combine, (rows + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
 }
 
 extern "C" psa_result psa_cuda_attention(const psa_plan *plan, const void *q, const void *k, const void *v, void *out,
                                          const psa_extra *extra, void *work, size_t work_size, void *stream)
 {
     psa__job job;
-    int shared_max;
-    size_t shared;
-    void (*kernel)(psa__job);
     psa_extra none = {}, x = extra ? *extra : none;
     bool dense;
-    psa_result r = psa__job_init(&job, plan, q, k, v, out, work, &shared_max);
+    psa_result r = psa__job_init(&job, plan, q, k, v, out, work);
     if (r != PSA_OK) return r;
     if (!q || !k || !v || !out) return psa__refuse(plan, PSA_ERR_NULL, "q, k, v and out must not be NULL");
     if (x.levels_given && !x.levels) return psa__refuse(plan, PSA_ERR_NULL, "levels_given without levels");
@@ -1842,8 +1763,9 @@ extern "C" psa_result psa_cuda_attention(const psa_plan *plan, const void *q, co
         return psa__refuse(plan, PSA_ERR_CUDA_WORK, "work is smaller than psa_cuda_work_size says");
     }
     dense = plan->desc.mask == PSA_MASK_DENSE;
-    if (!dense && !x.levels_given) r = psa__choose_score(plan, &job, shared_max, &kernel, &shared);
-    if (r != PSA_OK) return r;
+    if (!dense && !x.levels_given && psa__choose_score<psa__bf16>(&job).shared == 0) {
+        return psa__refuse(plan, PSA_ERR_CUDA_SIZE, PSA__TOO_LARGE);
+    }
     if ((r = psa_cuda_pool(plan, k, v, work, stream)) != PSA_OK) return r;
     if (x.levels_given || (dense && !x.levels)) {
         r = psa_cuda_list(plan, x.levels_given ? x.levels : nullptr, work, stream);
@@ -1859,7 +1781,6 @@ extern "C" psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const ps
                                      void *stream)
 {
     psa__job job;
-    psa_plan none;
     if (!out || !lse || !part || !part_lse || !out->data || !part->data) return PSA_ERR_NULL;
     for (int i = 0; i < 4; i++) {
         if (out->ne[i] < 1 || out->ne[i] != part->ne[i]) return PSA_ERR_SHAPE;
@@ -1868,14 +1789,10 @@ extern "C" psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const ps
     int64_t rows = out->ne[1] * out->ne[2] * out->ne[3];
     if (rows > INT32_MAX) return PSA_ERR_CUDA_SIZE;
     memset(&job, 0, sizeof job);
-    memset(&none, 0, sizeof none);
-    job.Dv = (int)out->ne[0];
-    job.Nq = (int)out->ne[1];
-    job.Hq = (int)out->ne[2];
-    job.B = (int)out->ne[3];
+    job.Dv = (int)out->ne[0], job.Nq = (int)out->ne[1], job.Hq = (int)out->ne[2], job.B = (int)out->ne[3];
     job.out = psa__view_of(out, out->data);
     job.q = psa__view_of(part, part->data);
     job.lse = lse;
     job.part_lse = (float *)(uintptr_t)part_lse;
-    return psa__run(&none, psa__merge, (rows + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
+    return psa__run(nullptr, psa__merge, (rows + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
 }

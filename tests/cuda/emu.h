@@ -2,7 +2,7 @@
  *
  * psa_cuda.cu reaches everything that only a GPU has through thin psa__ wrappers; this file is their second
  * implementation. What it shows that a plain loop would not:
- *   - Threads run until they block, in an order that a schedule picks (in order, random, one warp far ahead of or behind
+ *   - Threads run until they block, in the order of a schedule (in order, random, one warp far ahead of or behind
  *     the others), so a missing barrier reads too early or writes too late under one of them.
  *   - cp.async lands at once, at the last moment (the wait of the thread that issued it), or by the toss of a coin.
  *   - Shared memory starts as NaN in each type; every access is checked for bounds and alignment.
@@ -490,18 +490,20 @@ template <int N> void psa__cp_wait(PSA__LINE)
     }
 }
 
+/* A lane reads its row when it arrives: that lanes meet here does not make one's writes visible to another. */
 static inline void psa__ldmatrix_any(uint32_t (&r)[4], uint32_t address, bool transposed, int line)
 {
+    uint32_t *in = emu::lane_in();
     emu::m.matrices.insert(line);
-    emu::at(address, 16, 16);
-    emu::lane_in()[0] = line == emu::m.opt.shift_line ? address ^ 16 : address;
+    in[4] = line == emu::m.opt.shift_line ? address ^ 16 : address;
+    memcpy(in, emu::at(in[4], 16, 16), 16);
     emu::collective(line, [=](emu::warp &w) {
         for (int i = 0; i < 4; i++) { /* matrix i: 8 rows of 8 elements at the addresses of lanes 8i.. */
             uint16_t x[8][8];
             uint32_t rows[8];
             for (int j = 0; j < 8; j++) {
-                rows[j] = w.in[8 * i + j][0];
-                memcpy(x[j], emu::m.shared + rows[j], 16);
+                rows[j] = w.in[8 * i + j][4];
+                memcpy(x[j], w.in[8 * i + j], 16);
             }
             if (emu::m.opt.count) emu::count_wavefronts(line, rows, 8, 16);
             for (int lane = 0; lane < 32; lane++) {
