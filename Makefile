@@ -3,6 +3,7 @@
 # make              build everything into build/
 # make bench        measure this machine (options: make bench ARGS="--n 4096 --threads 1")
 # make ggml         fetch ggml and build it into build/ggml, once: a peer for tools/bench_peers.py
+# make cuda         psa_cuda.o for every architecture, with checks of what nvcc made of it; says so if there is no nvcc
 # make fuzz       fuzz the reading of checkpoints
 # make check-symbols   what the header exports and needs
 
@@ -47,6 +48,18 @@ $B/readme.c: README.md
 	@mkdir -p $(@D)
 	awk '/^```/ { if (inside) exit; inside = $$0 == "```c"; next } inside' $< > $@
 
+# psa_cuda.cu on an emulator of CUDA threads; gcc or clang, x86-64 or AArch64, glibc. Its fibers longjmp between stacks.
+EMULATED = $(CXX) -std=c++17 $(WARN) -Wno-unknown-pragmas -O1 -g -I. -U_FORTIFY_SOURCE
+
+$B/test_cuda: psa_cuda.cu tests/cuda/test_cuda.cpp tests/cuda/emu.h psa.h Makefile
+	@mkdir -p $B/tests/cuda
+	$(CC) -xc -DPSA_IMPLEMENTATION $(CFLAGS) -c psa.h -o $B/tests/cuda/psa.o
+	$(EMULATED) -Itests/cuda -DPSA_CUDA_EMULATED -xc++ -c psa_cuda.cu -o $B/tests/cuda/psa_cuda.o
+	$(EMULATED) -Itests/cuda tests/cuda/test_cuda.cpp $B/tests/cuda/psa_cuda.o $B/tests/cuda/psa.o -o $@ -lm -pthread
+
+cuda:
+	B=$B tests/cuda/compile.sh
+
 deps:
 	@command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || \
 	    { echo "make deps: needs Debian or Ubuntu; elsewhere install what these packages hold: $(DEPS)" >&2; exit 1; }
@@ -65,11 +78,12 @@ demo: $B/classify
 	@echo "pictures of what attention read: $B/demo/summary.png, frames.png, levels.png, density.png"
 
 # The test binary goes last: its last line is the result.
-test: all $B/readme
+test: all $B/readme $B/test_cuda
 	$B/readme
 	BUILD=$B tests/psa.sh
 	BUILD=$B tests/classify.sh
 	BUILD=$B tests/demo.sh
+	$B/test_cuda
 	$B/test_psa
 
 bench: $B/psa
@@ -109,5 +123,5 @@ fuzz:
 clean:
 	rm -rf $B
 
-.PHONY: all deps demo test bench ggml check-symbols fuzz clean
+.PHONY: all deps demo test bench ggml check-symbols cuda fuzz clean
 .DELETE_ON_ERROR:
