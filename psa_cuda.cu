@@ -35,9 +35,9 @@
  *     converted on the way (k and v into work, by pool). Means are stored in that type too. Data pointers and the
  *     strides of out are multiples of 16 bytes. At most 65535 KV blocks, 8192 where they are ranked; ANTIDIAGONAL
  *     needs stride * D, D rounded up to 64, 128 or 256, up to 1024; up to 4096 where a block may have 227 KB of shared
- *     memory. Otherwise as psa.h, but for two
- *     things: an entry of a caller's map that is no level counts as level 1 (the device cannot report it), and Inf or
- *     NaN in V may reach query rows of the same block from which causality hides that key.
+ *     memory. POOLED scores are of whole blocks, without score_group. Otherwise as psa.h, but for two things: an entry
+ *     of a caller's map that is no level counts as level 1 (the device cannot report it), and Inf or NaN in V may reach
+ *     query rows of the same block from which causality hides that key.
  */
 
 #define PSA_CUDA
@@ -1642,6 +1642,10 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
     if (p->nk > 65535 || (p->desc.mask != PSA_MASK_DENSE && p->nk > PSA__MAX_RANKED) ||
         psa__map_rows(p) * psa__q_tiles(p) > INT32_MAX || p->B * p->Hkv * p->nk > INT32_MAX) {
         return psa__refuse(p, PSA_ERR_CUDA_SIZE, "expected at most 65535 KV blocks, 8192 if they are ranked");
+    }
+    if (p->desc.score == PSA_SCORE_POOLED &&
+        (p->desc.score_group[0] < p->desc.block_q || p->desc.score_group[1] < p->desc.block_k)) {
+        return psa__refuse(p, PSA_ERR_SCORE, "score_group: expected 0, whole blocks");
     }
     memset(job, 0, sizeof *job);
     job->shared_max = shared_max;
