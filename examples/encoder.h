@@ -5,9 +5,9 @@
  * rotary on q and k) and in the head (VideoMAE: mean of the tokens; V-JEPA 2: more blocks and one query that attends to
  * all tokens).
  *
- * f32 weights are used where they lie in the file, 16-bit ones are widened layer by layer. Memory for a clip of N tokens
- * and width C, all of it planned once: 5 N C floats (3.5 N C with 16-bit q, k and v), a chunk per thread, one widened
- * layer, and what psa_attention takes. Include after psa.h. */
+ * f32 weights are used where they lie in the file, 16-bit ones are widened layer by layer. Memory for a clip of N
+ * tokens and width C, all of it planned once: 5 N C floats (3.5 N C with 16-bit q, k and v), a chunk per thread, one
+ * widened layer, and what psa_attention takes. Include after psa.h. */
 #ifndef ENCODER_H
 #define ENCODER_H
 
