@@ -2523,9 +2523,11 @@ static int64_t psa__score_visible(const psa__scratch *w, int64_t lanes, const in
     return pairs;
 }
 
-static void psa__pad_pointers(const float **rows, int64_t n)
+/* The last of n keys again where a tile reads past the end. */
+static void psa__pad_keys(psa__scratch *w, int64_t n, int biased)
 {
-    for (int64_t i = n; i < n + PSA__PAD_K; i++) rows[i] = rows[n - 1];
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->kp[i] = w->kp[n - 1];
+    for (int64_t i = n; biased && i < n + PSA__PAD_K; i++) w->bias[i] = w->bias[n - 1];
 }
 
 /* Maximum, and sum if wanted, of every lane over each of n blocks from jk on: their rows of w->bm and w->bs; the pairs
@@ -2546,8 +2548,7 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
                                                           w->first + start[i]);
     }
     start[n] = keys;
-    psa__pad_pointers(w->kp, keys);
-    for (int64_t i = keys; biased && i < keys + PSA__PAD_K; i++) w->bias[i] = w->bias[keys - 1];
+    psa__pad_keys(w, keys, biased);
     for (int t = 0; t < tiles->n; t++) {
         int64_t width = tiles->nv[t] * p->leaves->lanes;
         p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, biased ? w->bias : NULL, w->s, w->top);
@@ -2606,7 +2607,7 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
                               int nth)
 {
     psa_result r = psa__check_stage(plan, work, ith, nth);
-    int64_t begin, end, together;
+    int64_t begin, end, together, tasks;
     unsigned mode;
     psa__scratch w;
     if (r != PSA_OK) return r;
@@ -2614,10 +2615,11 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
     if (!q || !k || !scores) return psa__fail(&plan->desc, PSA_ERR_NULL, "q, k and scores must not be NULL");
     w = psa__scratch_of(plan, work, ith);
     together = psa__score_together(plan);
-    psa__share(plan->B * plan->Hq * psa__ceil_div(plan->nq, together), ith, nth, &begin, &end);
+    tasks = psa__ceil_div(plan->nq, together);
+    psa__share(plan->B * plan->Hq * tasks, ith, nth, &begin, &end);
     mode = plan->leaves->denormals_off();
     for (int64_t task = begin; task < end; task++) {
-        int64_t tasks = psa__ceil_div(plan->nq, together), iq = task % tasks * together, head = task / tasks;
+        int64_t iq = task % tasks * together, head = task / tasks;
         psa__score_rows(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq,
                         psa__min(together, plan->nq - iq), &w, scores + (head * plan->nq + iq) * plan->nk);
     }
@@ -2911,10 +2913,8 @@ static void psa__attend_singles(psa__stream *st)
 /* Attends to the tile of keys, which is empty afterwards. */
 static void psa__stream_flush(psa__stream *st)
 {
-    psa__scratch *w = &st->w;
     if (st->n == 0) return;
-    psa__pad_pointers(w->kp, st->n);
-    for (int64_t i = st->n; i < st->n + PSA__PAD_K; i++) w->bias[i] = w->bias[st->n - 1];
+    psa__pad_keys(&st->w, st->n, st->pooled);
     if (st->singles) psa__attend_singles(st);
     else psa__attend_tiles(st);
     st->rows += st->n;
