@@ -227,8 +227,22 @@ typedef enum psa_score_kind {
 typedef enum psa_mask_kind {
     PSA_MASK_TOPK = 0,  /* level_end are shares of the blocks in rank order, or level_count numbers of blocks */
     PSA_MASK_THRESHOLD, /* level_end bound the score mass ahead of a block in rank order */
-    PSA_MASK_DENSE      /* every block at level 1; nothing is pooled or scored */
+    PSA_MASK_DENSE,     /* every block at level 1; nothing is pooled or scored */
+    PSA_MASK_ERROR      /* the level with the least predicted error + lambda * cost; scores are POOLED */
 } psa_mask_kind;
+
+/* Which tokens are sorted by what they are (manual, "Orders"). */
+typedef enum psa_tree_kind {
+    PSA_TREE_NONE = 0,
+    PSA_TREE_KV,        /* keys and values of each KV head */
+    PSA_TREE_QKV        /* and the queries of each head */
+} psa_tree_kind;
+
+/* How far apart two tokens are. */
+typedef enum psa_metric_kind {
+    PSA_METRIC_EUCLID = 0,
+    PSA_METRIC_LOGIT    /* by the logits they make: keys through E[q q^T], queries through Cov(k) */
+} psa_metric_kind;
 
 typedef enum psa_order_kind {
     PSA_ORDER_NONE = 0,
@@ -276,6 +290,8 @@ typedef struct psa_desc {
     int block_k;             /* 16, 32, 64 or 128 keys; 0: 64 */
     psa_order order_q;       /* order in which queries form blocks; out and lse keep the caller's order */
     psa_order order_k;       /* the same for keys and values (per KV head) */
+    psa_tree_kind tree;      /* orders that psa_prepare finds, in place of order_k, or of both */
+    psa_metric_kind metric;  /* of the tree */
 
     psa_score_kind score;
     double sample_q;         /* share of each query block that is sampled, (0,1]; 0: 0.25 */
@@ -284,7 +300,9 @@ typedef struct psa_desc {
     int score_norm;          /* SAMPLE: also divide by the row's softmax denominator, as in the paper */
     int score_mean;          /* SAMPLE: mean instead of maximum over the sampled pairs (the paper's ablation) */
     int stride;              /* ANTIDIAGONAL: tokens in a group, divides block_q and block_k; 0: 8 */
-    int score_group[2];      /* POOLED: queries and keys in a group, dividing block_q and block_k; 0: the whole block */
+    int score_group[2];      /* POOLED: queries and keys in a group, dividing block_q and block_k; 0: the whole block,
+                                and 8 for mask ERROR, whose groups have at least 2 keys */
+    int tilt;                /* pool around the mean query instead of plainly (manual, "Concepts") */
 
     psa_mask_kind mask;
     double level_end[PSA_MAX_LEVELS]; /* cumulative end of levels 1, 2, 4, ...; entries after the last non-zero one are
@@ -299,6 +317,10 @@ typedef struct psa_desc {
     int sink;                /* the first KV block is level 1 for everyone */
     int diagonal;            /* a query block's own KV blocks are level 1 */
     int skip_mean;           /* a block that would be skipped is read as one mean token instead */
+    double density;          /* (0,1]: what the mask is to cost: TOPK and THRESHOLD scale level_end to meet it, ERROR
+                                finds lambda; 0: as level_end says, and 0.15 for ERROR without lambda */
+    int density_per_head;    /* the density of each head, not of the call */
+    double lambda;           /* ERROR: price of a whole block, in units of squared error, in place of density */
 
     psa_isa isa;
     int n_threads;           /* most threads that may work on the plan; 0: all processors */
@@ -330,9 +352,14 @@ typedef struct psa_plan {
     int64_t level_row[PSA_MAX_LEVELS]; /* first row of level 1 << i among a head's pooled rows; [0] is unused */
     int64_t pooled_rows;               /* pooled rows of one KV head */
     size_t work_size;                  /* bytes of workspace; the offsets below are into it, 64-byte aligned */
+    size_t at_order_q, at_order_k;     /* i32 [B][Hq][Nq], [B][Hkv][Nk]: orders of the trees */
+    size_t at_query;                   /* f32 [B][Hkv][2][D]: mean and variance of a KV head's queries */
     size_t at_pooled_k, at_pooled_v;   /* f32 [B][Hkv][pooled_rows][D], [Dv] */
     size_t at_bias;                    /* f32 [B][Hkv][pooled_rows]: added to the logit, in units of log2 */
     size_t at_cap;                     /* u8  [B][Hkv][nk]: coarsest level the similarity cap allows */
+    size_t at_spread;                  /* f32 [B][Hkv][nk][groups][log2 of keys in a group]: ln cosh of mask ERROR */
+    size_t at_steps;                   /* u16 [B][Hq][nq][nk][n_levels]: mask ERROR's prices of leaving a level */
+    size_t at_prices;                  /* u64 [B][Hq][PSA__PRICES + 2]: what the map costs at which price */
     size_t at_rows;                    /* i64 [B][Hq][nq]: K/V rows read by psa_attend, per query block */
     size_t at_scratch, scratch_size;   /* one per thread */
     const struct psa__leaves *leaves;
@@ -359,18 +386,33 @@ PSA_API size_t psa_map_size(const psa_plan *plan);
  * the next stage starts. The results do not depend on nth. Data pointers are those of the tensors given to
  * psa_plan_init, with the plan's shapes and strides. Outputs must not overlap inputs. */
 
+/* What is known of the tokens before they are pooled: trees, and for tilt and mask ERROR the mean and variance of the
+ * queries, into work. A plan with none of them returns at once. Heads are split over threads. Trees may be kept while
+ * the tokens change slowly (denoising steps, frames): run it again when they have drifted. Source: SPEC section 10. */
+PSA_API psa_result psa_prepare(const psa_plan *plan, const void *q, const void *k, void *work, int ith, int nth);
+
+/* The order that psa_prepare found for the queries of a query head, or (keys != 0) for the keys of a KV head; NULL
+ * without a tree. */
+PSA_API const int32_t *psa_tree_order(const psa_plan *plan, const void *work, int keys, int64_t b, int64_t h);
+
 /* Means of K and V at levels 2, 4, ... and the similarity cap, into work. v NULL: K only (for scoring and masks).
  * A dense plan needs no pooling and returns at once. Source: paper, "multi-level pooled KV". */
 PSA_API psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth);
 
 /* scores: f32 [B][Hq][nq][nk], each row sums to 1; pairs that causality hides are 0. Needs psa_pool before it if
- * desc.score is POOLED. A dense plan needs no scores and returns at once.
+ * desc.score is POOLED. A dense plan needs no scores and returns at once; mask ERROR leaves what it needs in work, its
+ * scores may be NULL.
  * Source: paper (sampled importance); XAttention for ANTIDIAGONAL. */
 PSA_API psa_result psa_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores, int ith,
                              int nth);
 
-/* levels: u8 [B][Hq][nq][nk], pooling factor of each pair, 0 = skipped. Needs psa_pool before it if n_sim_min > 0.
- * scores may be NULL for a dense plan. Source: paper Algorithm 2. */
+/* What the map would cost at every price of a multiply-add, into work, for psa_mask to meet desc.density. A plan
+ * without density returns at once. scores as for psa_mask. Heads are split over threads. */
+PSA_API psa_result psa_budget(const psa_plan *plan, const float *scores, void *work, int ith, int nth);
+
+/* levels: u8 [B][Hq][nq][nk], pooling factor of each pair, 0 = skipped. Needs psa_pool before it if n_sim_min > 0,
+ * psa_score on the same workspace for mask ERROR, psa_budget with density. scores may be NULL for a dense plan and for
+ * mask ERROR. Source: paper Algorithm 2. */
 PSA_API psa_result psa_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, int ith, int nth);
 
 /* out (and lse, natural log, f32 [B][Hq][Nq], NULL: not wanted) from q, k, v and a level map: the one psa_mask made, an
@@ -380,6 +422,11 @@ PSA_API psa_result psa_mask(const psa_plan *plan, const float *scores, void *wor
  * nothing is written. Source: paper, "decoupled block-tile". */
 PSA_API psa_result psa_attend(const psa_plan *plan, const void *q, const void *k, const void *v, const uint8_t *levels,
                               void *work, void *out, float *lse, int ith, int nth);
+
+/* Mask ERROR: the squared error that the map is predicted to make, mean over the queries of a head (b, h as for
+ * psa_stats_from_levels), in units of the total variance of v. */
+PSA_API psa_result psa_predicted_error(const psa_plan *plan, const void *work, const uint8_t *levels, int64_t b,
+                                       int64_t h, double *error);
 
 /* Multiply-adds that the last psa_attend on this workspace really did: rows read x queries x (D + Dv). */
 PSA_API int64_t psa_mul_adds(const psa_plan *plan, const void *work);
@@ -589,6 +636,8 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
 #define PSA__TILE_K 64                  /* keys in an attention tile */
 #define PSA__SINGLES 4                  /* so few query rows are faster alone than as lanes of a tile */
+#define PSA__NODE 128                   /* tokens of a tree's node that is split in a thread's own memory */
+#define PSA__PRICES 8192                /* steps of a price: 128 for each power of two from 2^-48 to 2^16 */
 #define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
 #define PSA__RESCALE 8.0f               /* accumulators are rescaled when a maximum grew by more than 2^8 */
 
@@ -783,6 +832,14 @@ typedef struct psa__single {
     float *s, *m, *l, *o;       /* o [dv]; m, l and o are brought up to date as by softmax and pv */
 } psa__single;
 
+/* Rows of s at level score_group[1] and at the coarser ones, for the predicted error of a block. */
+typedef struct psa__errors {
+    int fine, coarse;           /* levels up to that of the groups (without level 1), and above it */
+    int rows[PSA_MAX_LEVELS];   /* of s: groups first, then those of each coarser level */
+    const float *spread;        /* [groups][fine] */
+    int64_t plane;              /* floats between two results of a lane */
+} psa__errors;
+
 /* The functions that every instruction set provides. SIMD lanes are queries: a query tile holds nv vectors of `lanes`
  * queries, transposed: qt[D][nv * lanes], s[keys][nv * lanes], ot[Dv][nv * lanes]. K and V are read as they lie in
  * memory, row by row through pointers, so a tile gathers tokens and pooled tokens alike. Row pointer lists hold n rows
@@ -796,10 +853,18 @@ typedef struct psa__leaves {
     void (*to_f32)(float *dst, const void *src, psa_type type, int64_t n);
     void (*from_f32)(void *dst, psa_type type, const float *src, int64_t n);
 
-    /* pooling: dst = a + b; x *= factor; a.b */
+    /* pooling: dst = a + b; x *= factor; a.b; dst = wa * a + wb * b; sum of m * (a - b)^2 */
     void (*sum)(float *dst, const float *a, const float *b, int64_t n);
     void (*scale)(float *x, float factor, int64_t n);
     float (*dot)(const float *a, const float *b, int64_t n);
+    void (*blend)(float *dst, const float *a, float wa, const float *b, float wb, int64_t n);
+    float (*spread)(const float *m, const float *a, const float *b, int64_t n);
+
+    /* Trees: s[i] = u . row i, for row pointers as in a tile (s has room for the padding); dst = sum of s[i] * row i;
+     * below[i] = whether s[i] is among the k smallest of n, ties by index. */
+    void (*project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d, float *s);
+    void (*combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst);
+    void (*smallest)(const float *s, int64_t n, int64_t k, uint8_t *below);
 
     /* qt = scale * rows^T with rows[nv * lanes][d]; rows = ot^T with lane i scaled by scale[i] */
     void (*pack)(int nv, float *qt, const float *rows, int64_t d, float scale);
@@ -826,6 +891,13 @@ typedef struct psa__leaves {
      * m[lanes], z[lanes]: scratch. each: all lanes, or a power of two below 16. */
     void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm, const float *bs,
                      int use_max, int norm, float *m, float *z, float *score, int64_t n_row);
+
+    /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: for the fine levels the
+     * sum of exp2(s - bm) * spread, for the coarser ones bs less the sum of exp2(s - bm) over the level's rows. */
+    void (*block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x);
+    /* e[j] = sum over lanes of (z * exp2(bm - m) * x)^2 for j < n; bm and x [n][lanes]. e has room for 16 more. */
+    void (*row_error)(int64_t lanes, int64_t n, const float *bm, const float *x, const float *m, const float *z,
+                      float *e);
 
     /* Denormals off on this thread; the return value brings the caller's mode back. */
     unsigned (*denormals_off)(void);
@@ -1201,6 +1273,32 @@ static PSA__TARGET float PSA__(dot)(const float *a, const float *b, int64_t n)
     return total;
 }
 
+static PSA__TARGET void PSA__(blend)(float *dst, const float *a, float wa, const float *b, float wb, int64_t n)
+{
+    const PSA__V va = PSA__(splat)(wa), vb = PSA__(splat)(wb);
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) {
+        PSA__V x = PSA__(mul)(PSA__(load)(a + i), va);
+        PSA__(store)(dst + i, PSA__(fma)(PSA__(load)(b + i), vb, x));
+    }
+    for (; i < n; i++) dst[i] = a[i] * wa + b[i] * wb;
+}
+
+static PSA__TARGET float PSA__(spread)(const float *m, const float *a, const float *b, int64_t n)
+{
+    float lane[PSA__W], total = 0.0f;
+    PSA__V sum = PSA__(splat)(0.0f);
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) {
+        PSA__V x = PSA__(sub)(PSA__(load)(a + i), PSA__(load)(b + i));
+        sum = PSA__(fma)(PSA__(mul)(PSA__(load)(m + i), x), x, sum);
+    }
+    PSA__(store)(lane, sum);
+    for (int j = 0; j < PSA__W; j++) total += lane[j];
+    for (; i < n; i++) total += m[i] * (a[i] - b[i]) * (a[i] - b[i]);
+    return total;
+}
+
 static PSA__TARGET void PSA__(pack)(int nv, float *qt, const float *rows, int64_t d, float scale)
 {
     const PSA__V factor = PSA__(splat)(scale);
@@ -1485,6 +1583,93 @@ static PSA__TARGET void PSA__(single)(const psa__single *x)
     }
 }
 
+static PSA__TARGET void PSA__(project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d,
+                                       float *s)
+{
+    for (int64_t i = 0; i < n; i += PSA__W) {
+        switch (type) {
+        case PSA_F16: PSA__(store)(s + i, PSA__(single_dots)(PSA_F16, u, rows + i, d)); break;
+        case PSA_BF16: PSA__(store)(s + i, PSA__(single_dots)(PSA_BF16, u, rows + i, d)); break;
+        default: PSA__(store)(s + i, PSA__(single_dots)(PSA_F32, u, rows + i, d)); break;
+        }
+    }
+}
+
+/* cols vectors of dst from element `at` on */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(combine_cols)(int cols, const float *s, const float *const *rows, int64_t n,
+                                                        int64_t at, float *dst)
+{
+    PSA__V acc[4];
+    PSA__UNROLL for (int x = 0; x < cols; x++) acc[x] = PSA__(splat)(0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const PSA__V weight = PSA__(splat)(s[i]);
+        PSA__UNROLL for (int x = 0; x < cols; x++) {
+            acc[x] = PSA__(fma)(PSA__(load)(rows[i] + at + x * PSA__W), weight, acc[x]);
+        }
+    }
+    PSA__UNROLL for (int x = 0; x < cols; x++) PSA__(store)(dst + at + x * PSA__W, acc[x]);
+}
+
+static PSA__TARGET void PSA__(combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst)
+{
+    int64_t at = 0;
+    for (; at + 4 * PSA__W <= d; at += 4 * PSA__W) PSA__(combine_cols)(4, s, rows, n, at, dst);
+    for (; at + PSA__W <= d; at += PSA__W) PSA__(combine_cols)(1, s, rows, n, at, dst);
+    for (; at < d; at++) {
+        dst[at] = 0.0f;
+        for (int64_t i = 0; i < n; i++) dst[at] += s[i] * rows[i][at];
+    }
+}
+
+/* How many of s[n] are below x: (x - s) * 2^252, clamped to [0,1], counts them. */
+PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_t n, float x)
+{
+    const PSA__V limit = PSA__(splat)(x), zero = PSA__(splat)(0.0f), one = PSA__(splat)(1.0f);
+    const PSA__V steep = PSA__(splat)(8.507059173e+37f);
+    PSA__V sum = zero;
+    float lane[PSA__W];
+    int64_t i = 0, count = 0;
+    for (; i + PSA__W <= n; i += PSA__W) {
+        PSA__V below = PSA__(mul)(PSA__(mul)(PSA__(sub)(limit, PSA__(load)(s + i)), steep), steep);
+        sum = PSA__(add)(sum, PSA__(min)(PSA__(max)(below, zero), one));
+    }
+    PSA__(store)(lane, sum);
+    for (int j = 0; j < PSA__W; j++) count += (int64_t)lane[j];
+    for (; i < n; i++) count += s[i] < x;
+    return count;
+}
+
+/* Bisection for a value with k below it; if there is none, for the one that is the k-th. */
+static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, uint8_t *below)
+{
+    float low = s[0], high = s[0];
+    int64_t count = 0;
+    for (int64_t i = 1; i < n; i++) {
+        low = s[i] < low ? s[i] : low;
+        high = s[i] > high ? s[i] : high;
+    }
+    high = nextafterf(high, INFINITY);
+    while (count != k) { /* `count`, fewer than k, are below low; more than k are below high */
+        float middle = low + 0.5f * (high - low);
+        int64_t there;
+        if (!(middle > low && middle < high)) break;
+        there = PSA__(count_below)(s, n, middle);
+        if (there > k) {
+            high = middle;
+        } else {
+            low = middle;
+            count = there;
+        }
+    }
+    count = 0;
+    for (int64_t i = 0; i < n; i++) count += below[i] = s[i] < low;
+    for (; count < k; high = INFINITY) { /* ties; a second round if differences were flushed to zero */
+        for (int64_t i = 0; i < n && count < k; i++) {
+            if (!below[i] && s[i] < high) count += below[i] = 1;
+        }
+    }
+}
+
 /* A logit as scoring sees it: NaN and what the lanes below first do not see is -BIG, the rest lies within +-BIG. */
 PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(seen)(const float *s, int first)
 {
@@ -1563,6 +1748,58 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
     }
 }
 
+static PSA__TARGET void PSA__(block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x)
+{
+    for (int j = 0; j < nv; j++, bm += PSA__W, bs += PSA__W, x += PSA__W) {
+        PSA__V top = PSA__(splat)(-PSA__BIG), all = PSA__(splat)(0.0f);
+        float *at = s + j * PSA__W, *coarser = at + (int64_t)e->rows[0] * nv * PSA__W;
+        for (int key = 0; key < e->rows[0]; key++) top = PSA__(max)(PSA__(seen)(at + (int64_t)key * nv * PSA__W, 0), top);
+        for (int key = 0; key < e->rows[0]; key++) {
+            float *p = at + (int64_t)key * nv * PSA__W;
+            PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(p, 0), top));
+            PSA__(store)(p, mass);
+            all = PSA__(add)(all, mass);
+        }
+        PSA__(store)(bm, top);
+        PSA__(store)(bs, all);
+        for (int i = 0; i < e->fine; i++) {
+            PSA__V sum = PSA__(splat)(0.0f);
+            for (int key = 0; key < e->rows[0]; key++) {
+                PSA__V mass = PSA__(load)(at + (int64_t)key * nv * PSA__W);
+                sum = PSA__(fma)(mass, PSA__(splat)(e->spread[key * e->fine + i]), sum);
+            }
+            PSA__(store)(x + i * e->plane, sum);
+        }
+        for (int i = 0; i < e->coarse; i++) {
+            PSA__V sum = PSA__(splat)(0.0f);
+            for (int key = 0; key < e->rows[1 + i]; key++, coarser += nv * PSA__W) {
+                sum = PSA__(add)(sum, PSA__(exp2)(PSA__(sub)(PSA__(seen)(coarser, 0), top)));
+            }
+            PSA__(store)(x + (e->fine + i) * e->plane, PSA__(sub)(all, sum));
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, const float *bm, const float *x, const float *m,
+                                         const float *z, float *e)
+{
+    for (int64_t j = 0; j < n; j += PSA__W) {
+        PSA__V total[PSA__W];
+        for (int y = 0; y < PSA__W; y++) {
+            int64_t row = psa__min(j + y, n - 1) * lanes;
+            total[y] = PSA__(splat)(0.0f);
+            for (int64_t i = 0; i < lanes; i += PSA__W) {
+                PSA__V error = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + row + i), PSA__(load)(m + i)));
+                error = PSA__(mul)(PSA__(mul)(error, PSA__(load)(z + i)), PSA__(load)(x + row + i));
+                total[y] = PSA__(fma)(error, error, total[y]);
+            }
+        }
+        PSA__(transpose)(total);
+        PSA__UNROLL for (int y = 1; y < PSA__W; y++) total[0] = PSA__(add)(total[0], total[y]);
+        PSA__(store)(e + j, total[0]);
+    }
+}
+
 static const psa__leaves PSA__(leaves) = {
 #if PSA__PASS == 1
     "scalar",
@@ -1573,9 +1810,10 @@ static const psa__leaves PSA__(leaves) = {
 #else
     "neon",
 #endif
-    PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(pack), PSA__(unpack),
-    PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(single), PSA__(block_max), PSA__(row_mass),
-    PSA__(denormals_off), PSA__(denormals_restore)};
+    PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(blend), PSA__(spread),
+    PSA__(project), PSA__(combine), PSA__(smallest), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide),
+    PSA__(softmax), PSA__(pv), PSA__(single), PSA__(block_max), PSA__(row_mass), PSA__(block_error),
+    PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -1885,13 +2123,17 @@ static psa_result psa__plan_score(psa_plan *p)
         return psa__fail(d, PSA_ERR_SCORE, "stride %d does not divide block_q %d and block_k %d", d->stride, d->block_q,
                          d->block_k);
     }
-    if (d->score_group[0] == 0) d->score_group[0] = d->block_q;
-    if (d->score_group[1] == 0) d->score_group[1] = d->block_k;
+    if (d->mask == PSA_MASK_ERROR && d->score == PSA_SCORE_SAMPLE) d->score = PSA_SCORE_POOLED;
+    if (d->score_group[0] == 0) d->score_group[0] = d->mask == PSA_MASK_ERROR ? 8 : d->block_q;
+    if (d->score_group[1] == 0) d->score_group[1] = d->mask == PSA_MASK_ERROR ? 8 : d->block_k;
     if (d->score == PSA_SCORE_POOLED &&
         (d->score_group[0] < 1 || d->block_q % d->score_group[0] != 0 || d->score_group[1] < 1 ||
          d->block_k % d->score_group[1] != 0)) {
         return psa__fail(d, PSA_ERR_SCORE, "groups of %d queries and %d keys do not divide block_q %d and block_k %d",
                          d->score_group[0], d->score_group[1], d->block_q, d->block_k);
+    }
+    if (d->mask == PSA_MASK_ERROR && (d->score != PSA_SCORE_POOLED || d->score_group[1] < 2)) {
+        return psa__fail(d, PSA_ERR_SCORE, "mask ERROR needs POOLED scores of groups of at least 2 keys");
     }
     p->n_sample_q = psa__sample_count(d->sample_q, d->block_q);
     p->n_sample_k = psa__sample_count(d->sample_k, d->block_k);
@@ -1923,7 +2165,9 @@ static psa_result psa__plan_levels(psa_plan *p)
             return psa__fail(d, PSA_ERR_LEVELS, "level_count[%d]: level %d is above block_k %d", i, 1 << i, d->block_k);
         }
     }
-    if (counted && d->mask == PSA_MASK_THRESHOLD) return psa__fail(d, PSA_ERR_MASK, "level_count needs top-k");
+    if (counted && (d->mask != PSA_MASK_TOPK || d->density > 0)) {
+        return psa__fail(d, PSA_ERR_MASK, "level_count needs top-k, without density");
+    }
     if (!ended) memcpy(d->level_end, d->mask == PSA_MASK_THRESHOLD ? threshold : topk, sizeof topk);
     for (int i = 0; i < psa__n_ends(d); i++) {
         double end = d->level_end[i];
@@ -1938,15 +2182,31 @@ static psa_result psa__plan_levels(psa_plan *p)
     return PSA_OK;
 }
 
+static psa_result psa__plan_density(psa_plan *p)
+{
+    psa_desc *d = &p->desc;
+    if (!(d->density >= 0 && d->density <= 1)) {
+        return psa__fail(d, PSA_ERR_MASK, "density is %g, expected (0,1], or 0 for none", d->density);
+    }
+    if (!(d->lambda >= 0 && d->lambda <= 1e30) || (d->lambda > 0 && (d->mask != PSA_MASK_ERROR || d->density > 0))) {
+        return psa__fail(d, PSA_ERR_MASK, "lambda %g: expected a price for mask ERROR without density", d->lambda);
+    }
+    if (d->causal && (d->mask == PSA_MASK_ERROR || d->tilt)) {
+        return psa__fail(d, PSA_ERR_MASK, "mask ERROR and tilt are for attention without causality");
+    }
+    if (d->mask == PSA_MASK_ERROR && d->lambda == 0 && d->density == 0) d->density = 0.15;
+    return PSA_OK;
+}
+
 static psa_result psa__plan_mask(psa_plan *p)
 {
     psa_desc *d = &p->desc;
     psa_result r;
     int most = psa__log2(d->block_k);
-    if (d->mask < PSA_MASK_TOPK || d->mask > PSA_MASK_DENSE) {
+    if (d->mask < PSA_MASK_TOPK || d->mask > PSA_MASK_ERROR) {
         return psa__fail(d, PSA_ERR_MASK, "unknown mask kind %d", (int)d->mask);
     }
-    if ((r = psa__plan_levels(p)) != PSA_OK) return r;
+    if ((r = psa__plan_levels(p)) != PSA_OK || (r = psa__plan_density(p)) != PSA_OK) return r;
     if (d->n_sim_min < 0 || d->n_sim_min > most) {
         return psa__fail(d, PSA_ERR_SIMILARITY, "n_sim_min is %d, expected 0 to %d", d->n_sim_min, most);
     }
@@ -1994,8 +2254,15 @@ static psa_result psa__plan_orders(psa_plan *p)
 {
     const psa_desc *d = &p->desc;
     psa_result r;
-    if (d->causal && (d->order_q.index || d->order_k.index)) {
+    if (d->causal && (d->order_q.index || d->order_k.index || d->tree)) {
         return psa__fail(d, PSA_ERR_ORDER, "a token order cannot be causal");
+    }
+    if (d->tree < PSA_TREE_NONE || d->tree > PSA_TREE_QKV || d->metric < PSA_METRIC_EUCLID ||
+        d->metric > PSA_METRIC_LOGIT) {
+        return psa__fail(d, PSA_ERR_ORDER, "unknown tree %d or metric %d", (int)d->tree, (int)d->metric);
+    }
+    if ((d->tree && d->order_k.index) || (d->tree == PSA_TREE_QKV && d->order_q.index)) {
+        return psa__fail(d, PSA_ERR_ORDER, "order_q and order_k must be empty where the tree makes the order");
     }
     if ((r = psa__check_order(d, &d->order_q, &p->q, "order_q")) != PSA_OK) return r;
     return psa__check_order(d, &d->order_k, &p->k, "order_k");
@@ -2025,7 +2292,8 @@ static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
 static int64_t psa__score_together(const psa_plan *p)
 {
     int64_t groups = p->desc.block_q / p->desc.score_group[0];
-    return p->desc.score == PSA_SCORE_POOLED && 16 % groups == 0 ? 16 / groups : 1;
+    int pooled = p->desc.score == PSA_SCORE_POOLED && p->desc.mask != PSA_MASK_ERROR;
+    return pooled && 16 % groups == 0 ? 16 / groups : 1;
 }
 
 /* Query vectors that score the query blocks that go together, padded. */
@@ -2056,6 +2324,20 @@ typedef struct psa__scratch {
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
 
+    float *x;            /* [n_levels-1][nk][lanes]: mask ERROR, results of block_error */
+    float *error;        /* [n_levels][nk+16]: predicted error of every block at levels 2, 4, ... and skipped */
+    uint16_t *steps;     /* [nk][PSA_MAX_LEVELS]: prices at which a block leaves a level */
+    uint8_t *full;       /* [nk]: blocks that are level 1 whatever they cost */
+
+    float *node;         /* [PSA__NODE][D] rows of a tree's node */
+    const float **node_row;  /* [PSA__NODE] */
+    float *direction, *next; /* [D], padded */
+    float *metric, *root;    /* [D][D] the metric, and its Cholesky factor */
+    const float **metric_row, **root_row; /* [D], padded */
+    float *place;        /* [N] projections */
+    uint8_t *left;       /* [N] */
+    int32_t *token;      /* [N] */
+
     float *score;        /* [nk] rows of the score map that are made together */
     uint32_t *rank[2];   /* [nk] blocks in rank order, and sorting space */
     uint32_t *key[2];    /* [nk] sort keys */
@@ -2069,7 +2351,9 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     int scored = p->desc.mask != PSA_MASK_DENSE, groups = scored && p->desc.score == PSA_SCORE_ANTIDIAGONAL;
     size_t score_lanes = (size_t)psa__score_lanes(p), pairs = scored ? psa__mul(nk, score_lanes) : 0;
     size_t query = groups ? score_lanes * (size_t)p->desc.stride * d : 0; /* a lane is a whole group */
-    size_t rows = lanes * (d > dv ? d : dv);
+    size_t rows = lanes * (d > dv ? d : dv), tokens = (size_t)psa__max(p->Nq, p->Nk);
+    int errors = p->desc.mask == PSA_MASK_ERROR, priced = scored && p->desc.density > 0;
+    int tree = scored && p->desc.tree != PSA_TREE_NONE;
     uintptr_t b = (uintptr_t)base;
     psa__scratch s;
     s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * d, f));
@@ -2088,6 +2372,21 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
     s.bm = (float *)(b + psa__take(&at, pairs, f));
     s.bs = (float *)(b + psa__take(&at, pairs, f));
+    s.x = (float *)(b + psa__take(&at, errors ? psa__mul(pairs, (size_t)p->n_levels - 1) : 0, f));
+    s.error = (float *)(b + psa__take(&at, errors ? psa__mul(nk + 16, (size_t)p->n_levels) : 0, f));
+    s.steps = (uint16_t *)(b + psa__take(&at, priced ? psa__mul(nk, PSA_MAX_LEVELS) : 0, sizeof(uint16_t)));
+    s.full = (uint8_t *)(b + psa__take(&at, priced ? nk : 0, 1));
+    s.node = (float *)(b + psa__take(&at, tree ? PSA__NODE * d : 0, f));
+    s.node_row = (const float **)(b + psa__take(&at, tree ? PSA__NODE + PSA__PAD_K : 0, sizeof(float *)));
+    s.direction = (float *)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, f));
+    s.next = (float *)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, f));
+    s.metric = (float *)(b + psa__take(&at, tree ? d * d : 0, f));
+    s.root = (float *)(b + psa__take(&at, tree ? d * d : 0, f));
+    s.metric_row = (const float **)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, sizeof(float *)));
+    s.root_row = (const float **)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, sizeof(float *)));
+    s.place = (float *)(b + psa__take(&at, tree ? tokens + PSA__PAD_K : 0, f));
+    s.left = (uint8_t *)(b + psa__take(&at, tree ? tokens : 0, 1));
+    s.token = (int32_t *)(b + psa__take(&at, tree ? tokens : 0, sizeof(int32_t)));
     s.score = (float *)(b + psa__take(&at, scored ? psa__mul(nk, (size_t)psa__score_together(p)) : 0, f));
     for (int i = 0; i < 2; i++) {
         s.rank[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
@@ -2097,20 +2396,41 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     return at;
 }
 
+/* Whether tokens are pooled with weights and spreads, for which the queries' mean and variance are needed. */
+static int psa__weighted(const psa_plan *p)
+{
+    return p->n_levels > 1 && (p->desc.tilt || p->desc.mask == PSA_MASK_ERROR);
+}
+
+/* Floats that mask ERROR keeps of a KV block: for each group of keys the levels 2, 4, ... up to the group's. */
+static int64_t psa__spread_size(const psa_plan *p)
+{
+    return p->desc.block_k / p->desc.score_group[1] * psa__log2(p->desc.score_group[1]);
+}
+
 static psa_result psa__plan_work(psa_plan *p)
 {
     const psa_desc *d = &p->desc;
-    size_t heads = psa__mul((size_t)p->B, (size_t)p->Hkv), at = 0, pooled;
+    size_t heads = psa__mul((size_t)p->B, (size_t)p->Hkv), at = 0, pooled, heads_q;
+    int scored = p->n_levels > 1, errors = d->mask == PSA_MASK_ERROR;
+    psa_tree_kind tree = scored ? d->tree : PSA_TREE_NONE;
     p->pooled_rows = 0;
     for (int i = 1; i < p->n_levels; i++) {
         p->level_row[i] = p->pooled_rows;
         p->pooled_rows += p->nk * (d->block_k >> i);
     }
     pooled = psa__mul(heads, (size_t)p->pooled_rows);
+    heads_q = psa__mul((size_t)p->B, (size_t)p->Hq);
+    p->at_order_q = psa__take(&at, tree == PSA_TREE_QKV ? psa__mul(heads_q, (size_t)p->Nq) : 0, sizeof(int32_t));
+    p->at_order_k = psa__take(&at, tree ? psa__mul(heads, (size_t)p->Nk) : 0, sizeof(int32_t));
+    p->at_query = psa__take(&at, psa__weighted(p) ? psa__mul(heads, 2 * (size_t)p->D) : 0, sizeof(float));
     p->at_pooled_k = psa__take(&at, psa__mul(pooled, (size_t)p->D), sizeof(float));
     p->at_pooled_v = psa__take(&at, psa__mul(pooled, (size_t)p->Dv), sizeof(float));
     p->at_bias = psa__take(&at, pooled, sizeof(float));
     p->at_cap = psa__take(&at, d->n_sim_min ? psa__mul(heads, (size_t)p->nk) : 0, 1);
+    p->at_spread = psa__take(&at, errors ? psa__mul(heads, (size_t)(p->nk * psa__spread_size(p))) : 0, sizeof(float));
+    p->at_steps = psa__take(&at, errors ? psa__mul(psa_map_size(p), (size_t)p->n_levels) : 0, sizeof(uint16_t));
+    p->at_prices = psa__take(&at, scored && d->density > 0 ? psa__mul(heads_q, PSA__PRICES + 2) : 0, sizeof(uint64_t));
     p->at_rows = psa__take(&at, psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq), sizeof(int64_t));
     p->scratch_size = psa__scratch_layout(p, NULL, NULL);
     p->at_scratch = psa__take(&at, p->scratch_size, (size_t)d->n_threads);
@@ -2153,15 +2473,25 @@ PSA__DEF size_t psa_map_size(const psa_plan *plan)
     return psa__mul(rows, (size_t)plan->nk);
 }
 
-/* What every stage checks first. */
-static psa_result psa__check_stage(const psa_plan *p, const void *work, int ith, int nth)
+/* What every stage checks first. *p becomes the plan with the orders of its trees, which are in work. */
+static psa_result psa__enter(const psa_plan *plan, const void *work, int ith, int nth, psa_plan *p)
 {
-    if (!p) return PSA_ERR_NULL;
-    if (!work) return psa__fail(&p->desc, PSA_ERR_NULL, "work must not be NULL");
-    if (ith < 0 || ith >= nth || nth > p->desc.n_threads) {
-        return psa__fail(&p->desc, PSA_ERR_THREADS, "ith %d of nth %d, expected 0 <= ith < nth <= %d", ith, nth,
-                         p->desc.n_threads);
+    const char *base = psa__align_const(work);
+    if (!plan) return PSA_ERR_NULL;
+    if (!work) return psa__fail(&plan->desc, PSA_ERR_NULL, "work must not be NULL");
+    if (ith < 0 || ith >= nth || nth > plan->desc.n_threads) {
+        return psa__fail(&plan->desc, PSA_ERR_THREADS, "ith %d of nth %d, expected 0 <= ith < nth <= %d", ith, nth,
+                         plan->desc.n_threads);
     }
+    *p = *plan;
+    if (p->n_levels == 1 || !p->desc.tree) return PSA_OK;
+    p->desc.order_k.index = (const int32_t *)(const void *)(base + p->at_order_k);
+    p->desc.order_k.stride_h = p->Nk;
+    p->desc.order_k.stride_b = p->Nk * p->Hkv;
+    if (p->desc.tree != PSA_TREE_QKV) return PSA_OK;
+    p->desc.order_q.index = (const int32_t *)(const void *)(base + p->at_order_q);
+    p->desc.order_q.stride_h = p->Nq;
+    p->desc.order_q.stride_b = p->Nq * p->Hq;
     return PSA_OK;
 }
 
@@ -2248,6 +2578,298 @@ static int64_t psa__n_whole(const psa_plan *p, int64_t iq)
 }
 
 /* ================================================================================================================= */
+/* >>prepare                                                                                                         */
+/* ================================================================================================================= */
+
+/* ---- the queries of a KV head: mean and variance ---- */
+
+/* The f32 row of a token, or NULL if it holds NaN or Inf (or is too long for its square). */
+static const float *psa__finite_row(const psa_plan *p, const psa_tensor *t, const char *row, float *space)
+{
+    const float *x = psa__row_f32(p, t, row, space);
+    return psa__finite(p->leaves->dot(x, x, t->ne[0])) ? x : NULL;
+}
+
+/* moment[2][D]: mean and variance of every element of the queries that read a KV head. */
+static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int64_t hkv, psa__scratch *w, float *moment)
+{
+    double sum[PSA_MAX_D] = {0}, square[PSA_MAX_D] = {0}, n = 0;
+    int64_t group = p->Hq / p->Hkv;
+    for (int64_t i = 0; i < group * p->Nq; i++) {
+        const char *row = (const char *)q + psa__offset(&p->q, b, hkv * group + i / p->Nq, i % p->Nq);
+        const float *x = psa__finite_row(p, &p->q, row, w->k);
+        if (!x) continue;
+        n++;
+        for (int64_t j = 0; j < p->D; j++) {
+            sum[j] += x[j];
+            square[j] += (double)x[j] * x[j];
+        }
+    }
+    for (int64_t j = 0; j < p->D; j++) {
+        double mean = n > 0 ? sum[j] / n : 0, variance = n > 0 ? square[j] / n - mean * mean : 0;
+        moment[j] = (float)mean;
+        moment[p->D + j] = variance > 0 ? (float)variance : 0.0f;
+    }
+}
+
+/* ---- trees: balanced bisection along the principal direction, down to pairs ---- */
+
+typedef struct psa__tree {
+    const psa_plan *p;
+    psa__scratch *w;
+    const psa_tensor *t;   /* the tokens: q or k */
+    const char *head;      /* the head's first row */
+    int32_t *index;        /* its order */
+} psa__tree;
+
+/* Rows that are not one after the other: `n` of the order from begin on, `step` apart, as f32 in w->node. */
+static void psa__tree_gather(psa__tree *t, int64_t begin, int64_t size, int64_t n)
+{
+    psa__scratch *w = t->w;
+    int64_t d = t->t->ne[0];
+    for (int64_t i = 0; i < n; i++) {
+        const char *row = t->head + (size_t)t->index[begin + i * size / n] * t->t->nb[1];
+        t->p->leaves->to_f32(w->node + i * d, row, t->t->type, d);
+        w->node_row[i] = w->node + i * d;
+    }
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->node_row[i] = w->node;
+}
+
+/* w->metric = E[x x^T] over a sample of the rows of n_heads heads from h on, less their mean if centred; w->root its
+ * Cholesky factor L, so that |L^T y|^2 = y^T metric y. */
+static void psa__tree_metric(const psa_plan *p, psa__scratch *w, const psa_tensor *t, const void *data, int64_t b,
+                             int64_t h, int64_t n_heads, int centred)
+{
+    enum { SAMPLES = 512 };
+    const psa__leaves *f = p->leaves;
+    int64_t d = p->D, total = n_heads * t->ne[1], samples = psa__min(total, SAMPLES), n = 0, all = 0;
+    float weight[PSA__NODE], mean[PSA_MAX_D] = {0};
+    memset(w->metric, 0, (size_t)(d * d) * sizeof(float));
+    for (int64_t i = 0; i < samples; i++) {
+        int64_t at = i * total / samples;
+        const char *row = (const char *)data + psa__offset(t, b, h + at / t->ne[1], at % t->ne[1]);
+        f->to_f32(w->node + n * d, row, t->type, d);
+        w->node_row[n] = w->node + n * d;
+        n += psa__finite(f->dot(w->node + n * d, w->node + n * d, d));
+        if (n < PSA__NODE && i + 1 < samples) continue;
+        for (int64_t x = 0; x < d; x++) {
+            for (int64_t y = 0; y < n; y++) weight[y] = w->node[y * d + x];
+            f->combine(weight, w->node_row, n, d, w->next);
+            f->sum(w->metric + x * d, w->metric + x * d, w->next, d);
+        }
+        for (int64_t y = 0; y < n; y++) f->sum(mean, mean, w->node_row[y], d);
+        all += n;
+        n = 0;
+    }
+    f->scale(w->metric, 1.0f / (float)psa__max(all, 1), d * d);
+    f->scale(mean, 1.0f / (float)psa__max(all, 1), d);
+    for (int64_t x = 0; x < d; x++) {
+        if (centred) f->blend(w->metric + x * d, w->metric + x * d, 1.0f, mean, -mean[x], d);
+    }
+    for (int64_t x = 0; x < d + PSA__PAD_K; x++) {
+        w->metric_row[x] = w->metric + psa__min(x, d - 1) * d;
+        w->root_row[x] = w->root + psa__min(x, d - 1) * d;
+    }
+}
+
+static void psa__tree_root(psa__scratch *w, int64_t d)
+{
+    double trace = 0;
+    for (int64_t i = 0; i < d; i++) trace += w->metric[i * d + i];
+    memset(w->root, 0, (size_t)(d * d) * sizeof(float));
+    for (int64_t i = 0; i < d; i++) {
+        for (int64_t j = 0; j <= i; j++) {
+            double x = w->metric[i * d + j];
+            for (int64_t y = 0; y < j; y++) x -= (double)w->root[i * d + y] * w->root[j * d + y];
+            if (j < i) w->root[i * d + j] = w->root[j * d + j] > 0 ? (float)(x / w->root[j * d + j]) : 0.0f;
+            else w->root[i * d + i] = x > 1e-6 * trace / (double)d ? (float)sqrt(x) : 0.0f;
+        }
+    }
+}
+
+/* w->direction = the principal direction of n rows: power steps u <- Y^T Y u, in a metric C: u <- C Y^T Y u. */
+static void psa__tree_direction(psa__tree *t, const float *const *rows, int64_t n, int metric)
+{
+    enum { STEPS = 3 };
+    const psa__leaves *f = t->p->leaves;
+    psa__scratch *w = t->w;
+    float a[PSA__NODE + PSA__PAD_K];
+    int64_t d = t->t->ne[0];
+    f->blend(w->direction, rows[n / 2], 1.0f, rows[0], -1.0f, d);
+    for (int step = 0; step < STEPS; step++) {
+        float mean = 0, norm;
+        f->project(PSA_F32, w->direction, rows, n, d, a);
+        for (int64_t i = 0; i < n; i++) mean += a[i];
+        for (int64_t i = 0; i < n; i++) a[i] -= mean / (float)n;
+        f->combine(a, rows, n, d, metric ? w->next : w->direction);
+        if (metric) f->project(PSA_F32, w->next, w->metric_row, d, d, w->direction);
+        norm = f->dot(w->direction, w->direction, d);
+        f->scale(w->direction, norm > 0 && psa__finite(norm) ? 1.0f / sqrtf(norm) : 0.0f, d);
+    }
+}
+
+/* Where positions begin .. end-1 are cut: at the multiple of the largest power of two between them. */
+static int64_t psa__tree_cut(int64_t begin, int64_t end)
+{
+    int64_t step = 1;
+    while ((end - 1) / (2 * step) * (2 * step) > begin) step *= 2;
+    return (end - 1) / step * step;
+}
+
+/* Puts those of n tokens whose w->left is set first; both sides keep their order. */
+static void psa__tree_part(psa__tree *t, int32_t *index, const float **rows, int64_t n)
+{
+    psa__scratch *w = t->w;
+    const float *right_row[PSA__NODE];
+    int64_t left = 0, right = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (rows && !w->left[i]) right_row[right] = rows[i];
+        if (rows && w->left[i]) rows[left] = rows[i];
+        if (w->left[i]) index[left++] = index[i];
+        else w->token[right++] = index[i];
+    }
+    memcpy(index + left, w->token, (size_t)right * sizeof *index);
+    if (rows) memcpy(rows + left, right_row, (size_t)right * sizeof *rows);
+}
+
+/* Positions begin .. end-1, whose rows are at hand. */
+static void psa__tree_small(psa__tree *t, int64_t begin, int64_t end, const float **rows)
+{
+    const psa__leaves *f = t->p->leaves;
+    int64_t n = end - begin, cut;
+    if (n <= 2) return;
+    cut = psa__tree_cut(begin, end);
+    psa__tree_direction(t, rows, n, 0);
+    f->project(PSA_F32, t->w->direction, rows, n, t->t->ne[0], t->w->place);
+    f->smallest(t->w->place, n, cut - begin, t->w->left);
+    psa__tree_part(t, t->index + begin, rows, n);
+    psa__tree_small(t, begin, cut, rows);
+    psa__tree_small(t, cut, end, rows + (cut - begin));
+}
+
+/* Positions begin .. end-1. The direction of many tokens is that of a sample; few are brought near, and where the
+ * metric is Euclid's. */
+static void psa__tree_large(psa__tree *t, int64_t begin, int64_t end)
+{
+    const psa__leaves *f = t->p->leaves;
+    psa__scratch *w = t->w;
+    int64_t n = end - begin, d = t->t->ne[0], cut;
+    int metric = t->p->desc.metric == PSA_METRIC_LOGIT;
+    psa__tree_gather(t, begin, n, psa__min(n, PSA__NODE));
+    if (n <= PSA__NODE) {
+        for (int64_t i = 0; metric && i < n; i++) {
+            f->combine(w->node + i * d, w->root_row, d, d, w->next);
+            memcpy(w->node + i * d, w->next, (size_t)d * sizeof(float));
+        }
+        psa__tree_small(t, begin, end, w->node_row);
+        return;
+    }
+    cut = psa__tree_cut(begin, end);
+    psa__tree_direction(t, w->node_row, PSA__NODE, metric);
+    for (int64_t i = 0; i < n; i += PSA_MAX_BLOCK_K) {
+        int64_t m = psa__min(PSA_MAX_BLOCK_K, n - i);
+        for (int64_t x = 0; x < m + PSA__PAD_K; x++) {
+            const char *row = t->head + (size_t)t->index[begin + i + psa__min(x, m - 1)] * t->t->nb[1];
+            w->kp[x] = (const float *)(const void *)row;
+        }
+        f->project(t->t->type, w->direction, w->kp, m, d, w->place + i);
+    }
+    f->smallest(w->place, n, cut - begin, w->left);
+    psa__tree_part(t, t->index + begin, NULL, n);
+    psa__tree_large(t, begin, cut);
+    psa__tree_large(t, cut, end);
+}
+
+/* The order of one head: prefix and suffix stay, tokens that are not finite go behind the others. */
+static void psa__tree_head(psa__tree *t)
+{
+    const psa_desc *d = &t->p->desc;
+    int64_t n = t->t->ne[1], first = psa__min(d->n_prefix, n), end = psa__max(n - d->n_suffix, first);
+    for (int64_t i = 0; i < n; i++) t->index[i] = (int32_t)i;
+    for (int64_t i = first; i < end; i++) {
+        t->w->left[i - first] = psa__finite_row(t->p, t->t, t->head + (size_t)i * t->t->nb[1], t->w->k) != NULL;
+    }
+    psa__tree_part(t, t->index + first, NULL, end - first);
+    for (int64_t i = first; i < end; i++) n -= !t->w->left[i - first];
+    end -= t->t->ne[1] - n;
+    if (end > first) psa__tree_large(t, first, end);
+}
+
+static void psa__tree_keys(const psa_plan *p, const void *q, const void *k, psa__scratch *w, int64_t head,
+                           int32_t *index)
+{
+    int64_t b = head / p->Hkv, hkv = head % p->Hkv, group = p->Hq / p->Hkv;
+    psa__tree t;
+    memset(&t, 0, sizeof t);
+    t.p = p;
+    t.w = w;
+    t.t = &p->k;
+    t.head = (const char *)k + psa__offset(&p->k, b, hkv, 0);
+    t.index = index + head * p->Nk;
+    if (p->desc.metric == PSA_METRIC_LOGIT) {
+        psa__tree_metric(p, w, &p->q, q, b, hkv * group, group, 0);
+        psa__tree_root(w, p->D);
+    }
+    psa__tree_head(&t);
+}
+
+static void psa__tree_queries(const psa_plan *p, const void *q, const void *k, psa__scratch *w, int64_t head,
+                              int32_t *index)
+{
+    int64_t b = head / p->Hq, h = head % p->Hq;
+    psa__tree t;
+    memset(&t, 0, sizeof t);
+    t.p = p;
+    t.w = w;
+    t.t = &p->q;
+    t.head = (const char *)q + psa__offset(&p->q, b, h, 0);
+    t.index = index + head * p->Nq;
+    if (p->desc.metric == PSA_METRIC_LOGIT) {
+        psa__tree_metric(p, w, &p->k, k, b, h / (p->Hq / p->Hkv), 1, 1);
+        psa__tree_root(w, p->D);
+    }
+    psa__tree_head(&t);
+}
+
+PSA__DEF psa_result psa_prepare(const psa_plan *plan, const void *q, const void *k, void *work, int ith, int nth)
+{
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
+    char *base = psa__align(work);
+    int64_t begin, end, keys, queries;
+    psa__scratch w;
+    if (r != PSA_OK) return r;
+    if (!q || !k) return psa__fail(&p->desc, PSA_ERR_NULL, "q and k must not be NULL");
+    keys = p->n_levels > 1 && (p->desc.tree || psa__weighted(p)) ? p->B * p->Hkv : 0;
+    queries = p->n_levels > 1 && p->desc.tree == PSA_TREE_QKV ? p->B * p->Hq : 0;
+    w = psa__scratch_of(p, work, ith);
+    psa__share(keys + queries, ith, nth, &begin, &end);
+    for (int64_t task = begin; task < end; task++) {
+        if (task >= keys) {
+            psa__tree_queries(p, q, k, &w, task - keys, (int32_t *)(void *)(base + p->at_order_q));
+            continue;
+        }
+        if (psa__weighted(p)) {
+            psa__query_moments(p, q, task / p->Hkv, task % p->Hkv, &w,
+                               (float *)(void *)(base + p->at_query) + task * 2 * p->D);
+        }
+        if (p->desc.tree) psa__tree_keys(p, q, k, &w, task, (int32_t *)(void *)(base + p->at_order_k));
+    }
+    return PSA_OK;
+}
+
+PSA__DEF const int32_t *psa_tree_order(const psa_plan *plan, const void *work, int keys, int64_t b, int64_t h)
+{
+    psa_plan p;
+    const psa_order *o = keys ? &p.desc.order_k : &p.desc.order_q;
+    if (psa__enter(plan, work, 0, 1, &p) != PSA_OK || p.n_levels == 1 || !p.desc.tree) return NULL;
+    if (!keys && p.desc.tree != PSA_TREE_QKV) return NULL;
+    if (b < 0 || b >= p.B || h < 0 || h >= (keys ? p.Hkv : p.Hq)) return NULL;
+    return o->index + b * o->stride_b + h * o->stride_h;
+}
+
+/* ================================================================================================================= */
 /* >>pool                                                                                                            */
 /* ================================================================================================================= */
 
@@ -2301,6 +2923,79 @@ static void psa__pool_bias(const psa_plan *p, float *bias, int64_t b, int64_t hk
     }
 }
 
+/* ln cosh x, also for large x */
+static float psa__ln_cosh(float x) { return x + log1pf(expf(-2.0f * x)) - (float)PSA__LN2; }
+
+/* What merging weighs by: base 2 log of a group's mass under the mean query, the entropy of the weights inside, and
+ * half the variance that the queries' spread gives its logits. */
+typedef struct psa__weights {
+    float mass[PSA_MAX_BLOCK_K], entropy[PSA_MAX_BLOCK_K], half[PSA_MAX_BLOCK_K];
+} psa__weights;
+
+/* Two groups x and x + 1 become group t; share[2] are their weights. */
+static void psa__merge_weights(psa__weights *g, int64_t x, int64_t t, float half_apart, float share[2])
+{
+    float top = g->mass[x] > g->mass[x + 1] ? g->mass[x] : g->mass[x + 1], sum, entropy = 0;
+    share[0] = exp2f(g->mass[x] - top);
+    share[1] = exp2f(g->mass[x + 1] - top);
+    sum = share[0] + share[1];
+    share[0] /= sum;
+    share[1] /= sum;
+    for (int i = 0; i < 2; i++) entropy += share[i] > 0 ? share[i] * (g->entropy[x + i] - log2f(share[i])) : 0;
+    g->mass[t] = top + log2f(sum);
+    g->entropy[t] = entropy;
+    g->half[t] = share[0] * g->half[x] + share[1] * g->half[x + 1] + share[0] * share[1] * half_apart;
+}
+
+/* Pooled keys, values (unless w->vp is NULL) and biases of a block by pairs of pairs, each weighted by the mass that
+ * the mean query gives it (tilt), or evenly; and the spreads that mask ERROR wants. */
+static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t hkv, int64_t jk, int values,
+                               psa__scratch *w)
+{
+    const psa__leaves *f = p->leaves;
+    int64_t d = p->D, dv = p->Dv, head = b * p->Hkv + hkv, group = p->desc.score_group[1];
+    const float *mean = (const float *)(void *)(base + p->at_query) + head * 2 * d, *variance = mean + d;
+    float *pooled_k = (float *)(void *)(base + p->at_pooled_k), *pooled_v = (float *)(void *)(base + p->at_pooled_v);
+    float *bias = (float *)(void *)(base + p->at_bias), *spread = NULL, scale = p->desc.scale;
+    int fine = p->desc.mask == PSA_MASK_ERROR ? psa__log2(group) : 0;
+    psa__weights g;
+    memset(&g, 0, sizeof g);
+    if (fine) spread = (float *)(void *)(base + p->at_spread) + (head * p->nk + jk) * psa__spread_size(p);
+    for (int64_t i = 0; p->desc.tilt && i < psa__block_k_rows(p, jk); i++) {
+        g.mass[i] = scale * (float)PSA__LOG2E * f->dot(mean, w->kp[i], d);
+    }
+    for (int i = 1; i < p->n_levels; i++) {
+        int64_t n = psa__level_rows(p, jk, i), finer = psa__level_rows(p, jk, i - 1);
+        int64_t row = psa__pooled_row(p, b, hkv, jk, i);
+        for (int64_t t = 0; t < n; t++) {
+            float *k = pooled_k + (row + t) * d, *v = pooled_v + (row + t) * dv, share[2] = {1, 0};
+            const float *const *rows = w->kp + 2 * t, *const *rows_v = w->vp + 2 * t;
+            int pair = 2 * t + 1 < finer;
+            if (pair) {
+                float apart = f->spread(variance, rows[0], rows[1], d);
+                psa__merge_weights(&g, 2 * t, t, 0.5f * scale * scale * apart, share);
+            } else {
+                g.mass[t] = g.mass[2 * t];
+                g.entropy[t] = g.entropy[2 * t];
+                g.half[t] = g.half[2 * t];
+            }
+            f->blend(k, rows[0], share[0], rows[pair], share[1], d);
+            if (values) f->blend(v, rows_v[0], share[0], rows_v[pair], share[1], dv);
+            w->kp[t] = k;
+            w->vp[t] = v;
+            bias[row + t] = g.entropy[t];
+            if (p->desc.tilt) bias[row + t] += (float)PSA__LOG2E * psa__ln_cosh(sqrtf(2.0f * g.half[t]));
+        }
+        for (int64_t t = 0; i <= fine && t < psa__ceil_div(psa__block_k_rows(p, jk), group); t++) {
+            int64_t each = group >> i, from = t * each, m = psa__min(each, n - from);
+            float sum = 0;
+            for (int64_t x = from; x < from + m; x++) sum += g.half[x];
+            sum = psa__ln_cosh(sqrtf(2.0f * sum / (float)m));
+            spread[t * fine + i - 1] = sum < 1e6f ? sum : 0.0f;
+        }
+    }
+}
+
 /* The similarity cap of a block of keys: the coarsest level whose groups' first and last tokens have a mean cosine
  * above the level's threshold; 1 if none has. */
 static uint8_t psa__similarity_cap(const psa_plan *p, const float *const *rows, int64_t jk)
@@ -2325,27 +3020,30 @@ static uint8_t psa__similarity_cap(const psa_plan *p, const float *const *rows, 
 
 PSA__DEF psa_result psa_pool(const psa_plan *plan, const void *k, const void *v, void *work, int ith, int nth)
 {
-    psa_result r = psa__check_stage(plan, work, ith, nth);
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
     char *base = psa__align(work);
     int64_t begin, end;
     psa__scratch w;
     if (r != PSA_OK) return r;
-    if (!k) return psa__fail(&plan->desc, PSA_ERR_NULL, "k must not be NULL");
-    if (plan->desc.mask == PSA_MASK_DENSE) return PSA_OK;
-    w = psa__scratch_of(plan, work, ith);
-    psa__share(plan->B * plan->Hkv * plan->nk, ith, nth, &begin, &end);
+    if (!k) return psa__fail(&p->desc, PSA_ERR_NULL, "k must not be NULL");
+    if (p->desc.mask == PSA_MASK_DENSE) return PSA_OK;
+    w = psa__scratch_of(p, work, ith);
+    psa__share(p->B * p->Hkv * p->nk, ith, nth, &begin, &end);
     for (int64_t task = begin; task < end; task++) {
-        int64_t jk = task % plan->nk, head = task / plan->nk, hkv = head % plan->Hkv, b = head / plan->Hkv;
-        int64_t first = jk * plan->desc.block_k, n = psa__block_k_rows(plan, jk);
-        psa__kv_rows(plan, &plan->k, k, b, hkv, first, n, w.k, w.kp);
-        psa__pool_block(plan, w.kp, plan->D, (float *)(void *)(base + plan->at_pooled_k), b, hkv, jk);
-        psa__pool_bias(plan, (float *)(void *)(base + plan->at_bias), b, hkv, jk);
-        if (plan->desc.n_sim_min) {
-            ((uint8_t *)base)[plan->at_cap + (size_t)task] = psa__similarity_cap(plan, w.kp, jk);
+        int64_t jk = task % p->nk, head = task / p->nk, hkv = head % p->Hkv, b = head / p->Hkv;
+        int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk);
+        psa__kv_rows(p, &p->k, k, b, hkv, first, n, w.k, w.kp);
+        if (v) psa__kv_rows(p, &p->v, v, b, hkv, first, n, w.v, w.vp);
+        if (p->desc.n_sim_min) ((uint8_t *)base)[p->at_cap + (size_t)task] = psa__similarity_cap(p, w.kp, jk);
+        if (psa__weighted(p)) {
+            psa__pool_weighted(p, base, b, hkv, jk, v != NULL, &w);
+            continue;
         }
-        if (!v) continue;
-        psa__kv_rows(plan, &plan->v, v, b, hkv, first, n, w.v, w.vp);
-        psa__pool_block(plan, w.vp, plan->Dv, (float *)(void *)(base + plan->at_pooled_v), b, hkv, jk);
+        psa__pool_block(p, w.kp, p->D, (float *)(void *)(base + p->at_pooled_k), b, hkv, jk);
+        psa__pool_bias(p, (float *)(void *)(base + p->at_bias), b, hkv, jk);
+        if (v) psa__pool_block(p, w.vp, p->Dv, (float *)(void *)(base + p->at_pooled_v), b, hkv, jk);
     }
     return PSA_OK;
 }
@@ -2452,11 +3150,12 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
 }
 
 /* The key vectors of block jk go to w->kp from `at` on, their biases to w->bias; the first token that each needs to be
- * seen to token[]. Returns their number. */
+ * seen to token[]. Returns their number. Mask ERROR also looks at the levels above that of the groups. */
 static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
                                int64_t at, psa__scratch *w, int64_t *token)
 {
-    int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk), d = p->D, keys = 0, row;
+    int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk), d = p->D, keys = 0;
+    int level = psa__log2(p->desc.score_group[1]), last = p->desc.mask == PSA_MASK_ERROR ? p->n_levels - 1 : level;
     const psa_order *o = &p->desc.order_k;
     const float **kp = w->kp + at;
     switch (p->desc.score) {
@@ -2481,11 +3180,13 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         return keys;
     case PSA_SCORE_POOLED:
         if (p->desc.score_group[1] == 1) break;
-        row = psa__pooled_row(p, b, hkv, jk, psa__log2(p->desc.score_group[1]));
-        for (int64_t g = 0; g < n; g += p->desc.score_group[1], row++) {
-            kp[keys] = (const float *)(const void *)(base + p->at_pooled_k) + row * d;
-            w->bias[at + keys] = ((const float *)(const void *)(base + p->at_bias))[row];
-            token[keys++] = first + g;
+        for (int i = level; i <= last; i++) {
+            int64_t row = psa__pooled_row(p, b, hkv, jk, i);
+            for (int64_t t = 0; t < psa__level_rows(p, jk, i); t++, row++) {
+                kp[keys] = (const float *)(const void *)(base + p->at_pooled_k) + row * d;
+                w->bias[at + keys] = ((const float *)(const void *)(base + p->at_bias))[row];
+                token[keys++] = first + (t << i);
+            }
         }
         return keys;
     case PSA_SCORE_EXACT: break;
@@ -2503,7 +3204,10 @@ static int64_t psa__score_batch(const psa_plan *p)
 {
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE: return psa__max(PSA__TILE_K / p->n_sample_k, 1);
-    case PSA_SCORE_POOLED: return psa__max(PSA__TILE_K / (p->desc.block_k / p->desc.score_group[1]), 1);
+    case PSA_SCORE_POOLED: {
+        int64_t groups = p->desc.block_k / p->desc.score_group[1];
+        return psa__max(PSA__TILE_K / (p->desc.mask == PSA_MASK_ERROR ? 2 * groups : groups), 1);
+    }
     case PSA_SCORE_ANTIDIAGONAL:
     case PSA_SCORE_EXACT: break;
     }
@@ -2523,6 +3227,22 @@ static int64_t psa__score_visible(const psa__scratch *w, int64_t lanes, const in
     return pairs;
 }
 
+/* What predicts the errors of block jk from the rows of s, which are as psa__score_keys has laid them out. */
+static psa__errors psa__errors_of(const psa_plan *p, const char *base, int64_t b, int64_t hkv, int64_t jk,
+                                  int64_t padded)
+{
+    int level = psa__log2(p->desc.score_group[1]);
+    psa__errors e;
+    memset(&e, 0, sizeof e);
+    e.fine = level;
+    e.coarse = p->n_levels - 1 - level;
+    for (int i = 0; i <= e.coarse; i++) e.rows[i] = (int)psa__level_rows(p, jk, level + i);
+    e.spread = (const float *)(const void *)(base + p->at_spread) +
+               ((b * p->Hkv + hkv) * p->nk + jk) * psa__spread_size(p);
+    e.plane = p->nk * padded;
+    return e;
+}
+
 /* The last of n keys again where a tile reads past the end. */
 static void psa__pad_keys(psa__scratch *w, int64_t n, int biased)
 {
@@ -2537,7 +3257,8 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
                               int sums, psa__scratch *w)
 {
     int64_t token[PSA_MAX_BLOCK_K], start[PSA__TILE_K + 1], lane = 0, d = p->D, keys = 0;
-    int biased = p->desc.score == PSA_SCORE_POOLED && p->desc.score_group[1] < p->desc.block_k;
+    int biased = p->desc.mask == PSA_MASK_ERROR ||
+                 (p->desc.score == PSA_SCORE_POOLED && p->desc.score_group[1] < p->desc.block_k);
     if (p->desc.score == PSA_SCORE_ANTIDIAGONAL) d *= p->desc.stride;
     for (int64_t i = 0; i < n; i++) {
         start[i] = keys;
@@ -2555,6 +3276,11 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
         for (int64_t i = 0; i < n; i++) {
             int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
             int32_t first[PSA_MAX_BLOCK_K];
+            if (p->desc.mask == PSA_MASK_ERROR) {
+                psa__errors e = psa__errors_of(p, base, b, hkv, jk + i, padded);
+                p->leaves->block_error(tiles->nv[t], w->s + from * width, &e, w->bm + row, w->bs + row, w->x + row);
+                continue;
+            }
             for (int64_t x = 0; jk + i >= whole && x < m; x++) first[x] = w->first[from + x] - (int32_t)lane;
             p->leaves->block_max(tiles->nv[t], w->s + from * width, m, jk + i >= whole ? first : NULL, w->bm + row,
                                  sums ? w->bs + row : NULL);
@@ -2572,8 +3298,58 @@ static void psa__normalise(float *row, int64_t n)
     for (int64_t j = 0; j < n; j++) row[j] = sum > 0 ? (float)(row[j] * (1 / sum)) : 1.0f / (float)n;
 }
 
+/* A price as one of PSA__PRICES steps. */
+static int psa__price(float x)
+{
+    enum { LOWEST = (127 - 48) << 7 }; /* 2^-48, in the exponent and the first 7 bits of the mantissa */
+    int price = x > 0 ? (int)(psa__bits(x) >> 16) - LOWEST : 0;
+    return price < 0 ? 0 : price >= PSA__PRICES ? PSA__PRICES - 1 : price;
+}
+
+/* In the middle of the step. */
+static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((127 - 48) << 7)) << 16 | 0x8000u); }
+
+/* The multiply-adds of a level, as a share of those of level 1: the i-th level is 1 << i, the last, `skip`, nothing. */
+static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f / (float)(1 << i); }
+
+/* step[i] = the price from which on a level coarser than the i-th makes error + price * cost least: the lower convex
+ * hull of (cost, error). error[i], `stride` apart, is that of the level after the i-th; level 1 has none. */
+static void psa__error_steps(const float *error, int64_t stride, int n_levels, int skip_mean, uint16_t *step)
+{
+    int at = 0, price = 0, last = skip_mean ? n_levels - 1 : n_levels;
+    while (at < last) {
+        float here = at ? error[(at - 1) * stride] : 0.0f, least = 0.0f;
+        int best = 0;
+        for (int i = at + 1; i <= last; i++) {
+            float saved = psa__level_cost(at, n_levels) - psa__level_cost(i, n_levels);
+            float slope = (error[(i - 1) * stride] - here) / saved;
+            if (best && !(slope <= least)) continue;
+            least = slope;
+            best = i;
+        }
+        price = (int)psa__max(price, psa__price(least));
+        for (; at < best; at++) step[at] = (uint16_t)price;
+    }
+    for (; at < n_levels; at++) step[at] = PSA__PRICES; /* never */
+}
+
+/* From what block_error left of a row: the steps of its n blocks. */
+static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
+                           uint16_t *steps)
+{
+    int64_t stride = p->nk + 16;
+    for (int i = 0; i < p->n_levels; i++) {
+        const float *x = i < p->n_levels - 1 ? w->x + i * p->nk * padded : w->bs;
+        p->leaves->row_error(padded, n, w->bm, x, w->m, w->l, w->error + i * stride);
+        p->leaves->scale(w->error + i * stride, 1.0f / (float)lanes, n);
+    }
+    for (int64_t jk = 0; jk < n; jk++) {
+        psa__error_steps(w->error + jk, stride, p->n_levels, p->desc.skip_mean, steps + jk * p->n_levels);
+    }
+}
+
 /* Rows iq .. iq+m-1 of a head's score map, which go together. */
-static void psa__score_rows(const psa_plan *p, const void *q, const void *k, const char *base, int64_t b, int64_t h,
+static void psa__score_rows(const psa_plan *p, const void *q, const void *k, char *base, int64_t b, int64_t h,
                             int64_t iq, int64_t m, psa__scratch *w, float *row)
 {
     const psa_desc *desc = &p->desc;
@@ -2595,6 +3371,10 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, con
     }
     p->leaves->row_mass(padded, lanes, together > 1 ? 16 / together : padded, n, w->bm, sums ? w->bs : NULL, use_max,
                         norm, w->m, w->l, row, p->nk);
+    if (desc->mask == PSA_MASK_ERROR) {
+        int64_t at = ((b * p->Hq + h) * p->nq + iq) * p->nk;
+        psa__row_steps(p, lanes, padded, n, w, (uint16_t *)(void *)(base + p->at_steps) + at * p->n_levels);
+    }
     for (int64_t jk = 0; sample && !use_max && jk < n; jk++) row[jk] /= (float)psa__max(w->rank[0][jk], 1);
     for (int64_t x = 0; x < m; x++, row += p->nk) {
         int64_t seen = psa__n_visible(p, iq + x);
@@ -2606,24 +3386,28 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, con
 PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k, void *work, float *scores, int ith,
                               int nth)
 {
-    psa_result r = psa__check_stage(plan, work, ith, nth);
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
     int64_t begin, end, together, tasks;
     unsigned mode;
     psa__scratch w;
     if (r != PSA_OK) return r;
-    if (plan->desc.mask == PSA_MASK_DENSE) return PSA_OK;
-    if (!q || !k || !scores) return psa__fail(&plan->desc, PSA_ERR_NULL, "q, k and scores must not be NULL");
-    w = psa__scratch_of(plan, work, ith);
-    together = psa__score_together(plan);
-    tasks = psa__ceil_div(plan->nq, together);
-    psa__share(plan->B * plan->Hq * tasks, ith, nth, &begin, &end);
-    mode = plan->leaves->denormals_off();
+    if (p->desc.mask == PSA_MASK_DENSE) return PSA_OK;
+    if (!q || !k || (!scores && p->desc.mask != PSA_MASK_ERROR)) {
+        return psa__fail(&p->desc, PSA_ERR_NULL, "q, k and scores must not be NULL");
+    }
+    w = psa__scratch_of(p, work, ith);
+    together = psa__score_together(p);
+    tasks = psa__ceil_div(p->nq, together);
+    psa__share(p->B * p->Hq * tasks, ith, nth, &begin, &end);
+    mode = p->leaves->denormals_off();
     for (int64_t task = begin; task < end; task++) {
         int64_t iq = task % tasks * together, head = task / tasks;
-        psa__score_rows(plan, q, k, psa__align(work), head / plan->Hq, head % plan->Hq, iq,
-                        psa__min(together, plan->nq - iq), &w, scores + (head * plan->nq + iq) * plan->nk);
+        psa__score_rows(p, q, k, psa__align(work), head / p->Hq, head % p->Hq, iq, psa__min(together, p->nq - iq), &w,
+                        scores ? scores + (head * p->nq + iq) * p->nk : w.score);
     }
-    plan->leaves->denormals_restore(mode);
+    p->leaves->denormals_restore(mode);
     return PSA_OK;
 }
 
@@ -2770,16 +3554,184 @@ static void psa__mask_protect(const psa_plan *p, int64_t iq, int64_t n, uint8_t 
     if (protected_q) memset(level, 1, (size_t)n);
 }
 
-/* One row of the level map from one row of scores. cap is the head's, or NULL. */
-static void psa__mask_row(const psa_plan *p, const float *score, const uint8_t *cap, int64_t iq, psa__scratch *w,
-                          uint8_t *level)
+static const uint8_t *psa__cap_of(const psa_plan *p, const void *work, int64_t b, int64_t h)
+{
+    if (!p->desc.n_sim_min) return NULL;
+    return (const uint8_t *)psa__align_const(work) + p->at_cap +
+           (size_t)((b * p->Hkv + h / (p->Hq / p->Hkv)) * p->nk);
+}
+
+/* ---- density: every block has its prices, and one price for the call or the head meets the budget ---- */
+
+/* Levels that a block goes through as the price rises, before it is skipped. */
+static int psa__n_steps(const psa_plan *p)
+{
+    return p->desc.mask == PSA_MASK_ERROR ? p->n_levels : psa__n_ends(&p->desc);
+}
+
+/* TOPK and THRESHOLD with level_end scaled by 1 / price: a block with share or mass P ahead leaves level i when
+ * price > level_end[i] / P. The shares of TOPK are dithered over the rows, since a row can only end at whole blocks. */
+static void psa__mask_steps(const psa_plan *p, psa__scratch *w, const float *score, int64_t iq, int64_t n)
+{
+    const psa_desc *d = &p->desc;
+    const uint32_t *rank = psa__rank(w, score, n, n);
+    int ends = psa__n_ends(d), finest = psa__finest(d, ends), topk = d->mask == PSA_MASK_TOPK;
+    int64_t full = !topk && d->min_full > 0 ? (int64_t)floor(d->min_full * (double)n) + 1 : 0;
+    double total = 0, ahead = 0, whole, phase = modf((double)iq * 0.6180339887498949, &whole);
+    for (int64_t j = 0; j < n; j++) total += score[j] > 0 ? score[j] : 0;
+    for (int64_t position = 0; position < n; position++) {
+        uint32_t j = rank[position];
+        double own = total > 0 ? (score[j] > 0 ? score[j] / total : 0) : 1.0 / (double)n;
+        double P = topk ? ((double)position + 1 - phase) / (double)n : ahead + (d->inclusive ? own : 0);
+        int keeps = position < full ? 0 : position == 0 && (topk || d->inclusive) ? finest : P > 1e-6 ? ends : 0;
+        for (int i = 0; i < ends; i++) {
+            w->steps[j * (uint32_t)ends + (uint32_t)i] =
+                (uint16_t)(i >= keeps ? PSA__PRICES : psa__price((float)(d->level_end[i] / P)));
+        }
+        ahead += own;
+    }
+}
+
+/* Blocks of a row that are level 1 at any price. */
+static void psa__mask_fixed(const psa_plan *p, int64_t iq, int64_t n, uint8_t *full)
+{
+    memset(full, 0, (size_t)n);
+    psa__mask_protect(p, iq, n, full);
+    for (int64_t j = psa__n_whole(p, iq); j < n; j++) full[j] = 1;
+}
+
+/* What the i-th level of `n_steps` costs in the end, in parts of PSA_MAX_BLOCK_K; cap: the coarsest level, or 0. */
+static uint64_t psa__final_cost(const psa_plan *p, int i, int n_steps, int cap)
+{
+    int level = i < n_steps ? 1 << i : p->desc.skip_mean ? p->desc.block_k : 0;
+    if (i < n_steps && cap && level > cap) level = cap;
+    return level ? (uint64_t)(PSA_MAX_BLOCK_K / level) : 0;
+}
+
+/* A row's blocks into the head's table: what leaving a level saves at each price; then what all cost at price 0, and how
+ * many they are. */
+static void psa__price_row(const psa_plan *p, const uint16_t *steps, const uint8_t *cap, int64_t iq, psa__scratch *w,
+                           uint64_t *prices)
+{
+    int64_t n = psa__n_visible(p, iq);
+    int n_steps = psa__n_steps(p);
+    psa__mask_fixed(p, iq, n, w->full);
+    for (int64_t j = 0; j < n; j++, steps += n_steps) {
+        uint64_t cost = w->full[j] ? PSA_MAX_BLOCK_K : psa__final_cost(p, 0, n_steps, cap ? cap[j] : 0);
+        prices[PSA__PRICES] += cost;
+        for (int i = 0; !w->full[j] && i < n_steps && steps[i] < PSA__PRICES; i++) {
+            uint64_t next = psa__final_cost(p, i + 1, n_steps, cap ? cap[j] : 0);
+            prices[steps[i]] += cost - next;
+            cost = next;
+        }
+    }
+    prices[PSA__PRICES + 1] += (uint64_t)n;
+}
+
+/* Levels are left whose price is below this. head -1: one for all heads. */
+static int psa__cut(const psa_plan *p, const void *work, int64_t head)
+{
+    const uint64_t *prices = (const uint64_t *)(const void *)(psa__align_const(work) + p->at_prices);
+    int64_t first = head < 0 ? 0 : head, end = head < 0 ? p->B * p->Hq : head + 1;
+    double cost = 0, pairs = 0, off, next;
+    int cut = 0;
+    if (p->desc.density == 0) return psa__price((float)p->desc.lambda);
+    for (int64_t i = first; i < end; i++) {
+        cost += (double)prices[i * (PSA__PRICES + 2) + PSA__PRICES];
+        pairs += (double)prices[i * (PSA__PRICES + 2) + PSA__PRICES + 1];
+    }
+    off = cost - p->desc.density * PSA_MAX_BLOCK_K * pairs;
+    for (; cut < PSA__PRICES && off > 0; cut++, off = next) {
+        next = off;
+        for (int64_t i = first; i < end; i++) next -= (double)prices[i * (PSA__PRICES + 2) + cut];
+        if (-next > off) break; /* it was closer before */
+    }
+    return cut;
+}
+
+static void psa__mask_priced(const psa_plan *p, const uint16_t *steps, int cut, int64_t n, uint8_t *level)
+{
+    int n_steps = psa__n_steps(p);
+    for (int64_t j = 0; j < n; j++, steps += n_steps) {
+        int i = 0;
+        while (i < n_steps && steps[i] < cut) i++;
+        level[j] = (uint8_t)(i < n_steps ? 1 << i : 0);
+    }
+}
+
+/* The steps of a row: mask ERROR's are in work, the others are made from its scores. */
+static const uint16_t *psa__steps_of(const psa_plan *p, const float *scores, const void *work, int64_t row,
+                                     psa__scratch *w)
+{
+    int64_t iq = row % p->nq;
+    if (p->desc.mask == PSA_MASK_ERROR) {
+        return (const uint16_t *)(const void *)(psa__align_const(work) + p->at_steps) + row * p->nk * p->n_levels;
+    }
+    psa__mask_steps(p, w, scores + row * p->nk, iq, psa__n_visible(p, iq));
+    return w->steps;
+}
+
+PSA__DEF psa_result psa_budget(const psa_plan *plan, const float *scores, void *work, int ith, int nth)
+{
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
+    int64_t begin, end;
+    psa__scratch w;
+    if (r != PSA_OK) return r;
+    if (p->desc.mask == PSA_MASK_DENSE || p->desc.density == 0) return PSA_OK;
+    if (!scores && p->desc.mask != PSA_MASK_ERROR) return psa__fail(&p->desc, PSA_ERR_NULL, "scores must not be NULL");
+    w = psa__scratch_of(p, work, ith);
+    psa__share(p->B * p->Hq, ith, nth, &begin, &end);
+    for (int64_t head = begin; head < end; head++) {
+        uint64_t *prices = (uint64_t *)(void *)(psa__align(work) + p->at_prices) + head * (PSA__PRICES + 2);
+        const uint8_t *cap = psa__cap_of(p, work, head / p->Hq, head % p->Hq);
+        memset(prices, 0, (PSA__PRICES + 2) * sizeof *prices);
+        for (int64_t iq = 0; iq < p->nq; iq++) {
+            psa__price_row(p, psa__steps_of(p, scores, work, head * p->nq + iq, &w), cap, iq, &w, prices);
+        }
+    }
+    return PSA_OK;
+}
+
+PSA__DEF psa_result psa_predicted_error(const psa_plan *plan, const void *work, const uint8_t *levels, int64_t b,
+                                        int64_t h, double *error)
+{
+    const uint16_t *steps;
+    double sum = 0, rows = 0;
+    if (!plan || !work || !levels || !error) return PSA_ERR_NULL;
+    if (plan->desc.mask != PSA_MASK_ERROR) return psa__fail(&plan->desc, PSA_ERR_MASK, "only mask ERROR predicts");
+    if (b < -1 || b >= plan->B || h < -1 || h >= plan->Hq) return PSA_ERR_SHAPE;
+    steps = (const uint16_t *)(const void *)(psa__align_const(work) + plan->at_steps);
+    for (int64_t row = 0; row < plan->B * plan->Hq * plan->nq; row++) {
+        int64_t head = row / plan->nq, n = psa__block_q_rows(plan, row % plan->nq);
+        if ((b >= 0 && head / plan->Hq != b) || (h >= 0 && head % plan->Hq != h)) continue;
+        for (int64_t pair = row * plan->nk; pair < (row + 1) * plan->nk; pair++) {
+            int level = levels[pair] ? psa__log2(levels[pair]) : plan->n_levels;
+            for (int i = 0; i < level && i < plan->n_levels; i++) {
+                float saved = psa__level_cost(i, plan->n_levels) - psa__level_cost(i + 1, plan->n_levels);
+                sum += (double)(psa__price_of(steps[pair * plan->n_levels + i]) * saved) * (double)n;
+            }
+        }
+        rows += (double)n;
+    }
+    *error = sum / rows;
+    return PSA_OK;
+}
+
+/* ---- a row of the level map ---- */
+
+/* From one row of scores, or with steps from those. cap is the head's, or NULL. */
+static void psa__mask_row(const psa_plan *p, const float *score, const uint16_t *steps, int cut, const uint8_t *cap,
+                          int64_t iq, psa__scratch *w, uint8_t *level)
 {
     const psa_desc *d = &p->desc;
     int64_t n = psa__n_visible(p, iq), whole = psa__n_whole(p, iq);
     if (d->mask == PSA_MASK_DENSE) {
         memset(level, 1, (size_t)n);
     } else {
-        if (d->mask == PSA_MASK_TOPK) psa__mask_topk(p, w, score, n, level);
+        if (steps) psa__mask_priced(p, steps, cut, n, level);
+        else if (d->mask == PSA_MASK_TOPK) psa__mask_topk(p, w, score, n, level);
         else psa__mask_threshold(p, w, score, n, level);
         if (cap) psa__mask_cap(cap, n, level);
         psa__mask_protect(p, iq, n, level);
@@ -2791,28 +3743,29 @@ static void psa__mask_row(const psa_plan *p, const float *score, const uint8_t *
     }
 }
 
-static const uint8_t *psa__cap_of(const psa_plan *p, const void *work, int64_t b, int64_t h)
-{
-    if (!p->desc.n_sim_min) return NULL;
-    return (const uint8_t *)psa__align_const(work) + p->at_cap +
-           (size_t)((b * p->Hkv + h / (p->Hq / p->Hkv)) * p->nk);
-}
-
 PSA__DEF psa_result psa_mask(const psa_plan *plan, const float *scores, void *work, uint8_t *levels, int ith, int nth)
 {
-    psa_result r = psa__check_stage(plan, work, ith, nth);
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
     int64_t begin, end;
+    int priced, cut = 0;
     psa__scratch w;
     if (r != PSA_OK) return r;
-    if (!levels || (!scores && plan->desc.mask != PSA_MASK_DENSE)) {
-        return psa__fail(&plan->desc, PSA_ERR_NULL, "scores and levels must not be NULL");
+    if (!levels || (!scores && p->desc.mask != PSA_MASK_DENSE && p->desc.mask != PSA_MASK_ERROR)) {
+        return psa__fail(&p->desc, PSA_ERR_NULL, "scores and levels must not be NULL");
     }
-    w = psa__scratch_of(plan, work, ith);
-    psa__share(plan->B * plan->Hq * plan->nq, ith, nth, &begin, &end);
-    for (int64_t task = begin; task < end; task++) {
-        int64_t iq = task % plan->nq, head = task / plan->nq;
-        const uint8_t *cap = psa__cap_of(plan, work, head / plan->Hq, head % plan->Hq);
-        psa__mask_row(plan, scores ? scores + task * plan->nk : NULL, cap, iq, &w, levels + task * plan->nk);
+    w = psa__scratch_of(p, work, ith);
+    priced = p->desc.mask != PSA_MASK_DENSE && (p->desc.density > 0 || p->desc.mask == PSA_MASK_ERROR);
+    psa__share(p->B * p->Hq * p->nq, ith, nth, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        int64_t iq = row % p->nq, head = row / p->nq;
+        const uint8_t *cap = psa__cap_of(p, work, head / p->Hq, head % p->Hq);
+        const uint16_t *steps = priced ? psa__steps_of(p, scores, work, row, &w) : NULL;
+        if (priced && (row == begin || (iq == 0 && p->desc.density_per_head))) {
+            cut = psa__cut(p, work, p->desc.density_per_head ? head : -1);
+        }
+        psa__mask_row(p, scores ? scores + row * p->nk : NULL, steps, cut, cap, iq, &w, levels + row * p->nk);
     }
     return PSA_OK;
 }
@@ -3119,34 +4072,36 @@ static psa_result psa__attend_share(const psa_plan *p, const uint8_t *levels, in
 PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *k, const void *v, const uint8_t *levels,
                                void *work, void *out, float *lse, int ith, int nth)
 {
-    psa_result r = psa__check_stage(plan, work, ith, nth);
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
     int64_t begin = 0, end = 0, *rows;
     unsigned mode;
     psa__stream st;
     if (r != PSA_OK) return r;
-    if (!q || !k || !v || !out) return psa__fail(&plan->desc, PSA_ERR_NULL, "q, k, v and out must not be NULL");
-    if (plan->Dv == 0 || plan->out.ne[0] == 0) {
-        return psa__fail(&plan->desc, PSA_ERR_NULL, "the plan was made without v or out");
+    if (!q || !k || !v || !out) return psa__fail(&p->desc, PSA_ERR_NULL, "q, k, v and out must not be NULL");
+    if (p->Dv == 0 || p->out.ne[0] == 0) {
+        return psa__fail(&p->desc, PSA_ERR_NULL, "the plan was made without v or out");
     }
-    if ((r = psa__attend_share(plan, levels, ith, nth, &begin, &end)) != PSA_OK) return r;
+    if ((r = psa__attend_share(p, levels, ith, nth, &begin, &end)) != PSA_OK) return r;
     memset(&st, 0, sizeof st);
-    st.p = plan;
+    st.p = p;
     st.k = k;
     st.v = v;
     st.base = psa__align(work);
-    st.w = psa__scratch_of(plan, work, ith);
-    rows = (int64_t *)(void *)(psa__align(work) + plan->at_rows);
-    mode = plan->leaves->denormals_off();
-    st.heads = psa__heads_together(plan, levels);
+    st.w = psa__scratch_of(p, work, ith);
+    rows = (int64_t *)(void *)(psa__align(work) + p->at_rows);
+    mode = p->leaves->denormals_off();
+    st.heads = psa__heads_together(p, levels);
     for (int64_t task = begin; task < end; task++) {
-        int64_t head = task / plan->nq * st.heads, h = head % plan->Hq;
-        st.iq = task % plan->nq;
-        st.b = head / plan->Hq;
-        st.hkv = h / (plan->Hq / plan->Hkv);
-        psa__attend_block(&st, q, levels ? levels + task * plan->nk : NULL, h, out, lse);
-        for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * plan->nq + st.iq] = st.rows;
+        int64_t head = task / p->nq * st.heads, h = head % p->Hq;
+        st.iq = task % p->nq;
+        st.b = head / p->Hq;
+        st.hkv = h / (p->Hq / p->Hkv);
+        psa__attend_block(&st, q, levels ? levels + task * p->nk : NULL, h, out, lse);
+        for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * p->nq + st.iq] = st.rows;
     }
-    plan->leaves->denormals_restore(mode);
+    p->leaves->denormals_restore(mode);
     return PSA_OK;
 }
 
@@ -3607,20 +4562,46 @@ typedef struct psa__call {
     uint8_t *levels;
 } psa__call;
 
+static void psa__call_prepare(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    psa_prepare(c->plan, c->q, c->k, c->work, ith, nth);
+}
+
 static void psa__call_pool(void *ctx, int ith, int nth)
 {
     psa__call *c = (psa__call *)ctx;
     psa_pool(c->plan, c->k, c->v, c->work, ith, nth);
 }
 
+static void psa__call_score(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    psa_score(c->plan, c->q, c->k, c->work, c->scores, ith, nth);
+}
+
+static void psa__call_budget(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    psa_budget(c->plan, c->scores, c->work, ith, nth);
+}
+
+static void psa__call_mask(void *ctx, int ith, int nth)
+{
+    psa__call *c = (psa__call *)ctx;
+    psa_mask(c->plan, c->scores, c->work, c->levels, ith, nth);
+}
+
 /* psa_score and psa_mask in one pass, so that only a few rows of scores per thread are ever held. */
 static void psa__call_levels(void *ctx, int ith, int nth)
 {
     psa__call *c = (psa__call *)ctx;
-    const psa_plan *p = c->plan;
-    psa__scratch w = psa__scratch_of(p, c->work, ith);
-    unsigned mode = p->leaves->denormals_off();
-    int64_t together = psa__score_together(p), tasks = psa__ceil_div(p->nq, together), begin, end;
+    psa_plan plan_here;
+    const psa_plan *p = &plan_here;
+    psa__scratch w = psa__scratch_of(c->plan, c->work, ith);
+    unsigned mode = c->plan->leaves->denormals_off();
+    int64_t together = psa__score_together(c->plan), tasks = psa__ceil_div(c->plan->nq, together), begin, end;
+    psa__enter(c->plan, c->work, ith, nth, &plan_here);
     psa__share(p->B * p->Hq * tasks, ith, nth, &begin, &end);
     for (int64_t task = begin; task < end; task++) {
         int64_t iq = task % tasks * together, m = psa__min(together, p->nq - iq), head = task / tasks;
@@ -3628,7 +4609,8 @@ static void psa__call_levels(void *ctx, int ith, int nth)
         float *row = c->scores ? c->scores + at : w.score;
         psa__score_rows(p, c->q, c->k, psa__align(c->work), b, h, iq, m, &w, row);
         for (int64_t x = 0; x < m; x++) {
-            psa__mask_row(p, row + x * p->nk, psa__cap_of(p, c->work, b, h), iq + x, &w, c->levels + at + x * p->nk);
+            psa__mask_row(p, row + x * p->nk, NULL, 0, psa__cap_of(p, c->work, b, h), iq + x, &w,
+                          c->levels + at + x * p->nk);
         }
     }
     p->leaves->denormals_restore(mode);
@@ -3777,11 +4759,12 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
     psa_alloc_fn *alloc_fn = desc && desc->alloc_fn ? desc->alloc_fn : psa__default_alloc;
     psa_free_fn *free_fn = desc && desc->alloc_fn ? desc->free_fn : psa__default_free;
     uint8_t *own_levels = NULL;
+    float *own_scores = NULL;
     psa__call c;
     psa_plan plan;
     psa_result r;
     int64_t parts, mul_adds = 0;
-    int dense;
+    int dense, budget, given;
     if (!v || !out) return psa__fail(desc, PSA_ERR_NULL, "v and out must not be NULL");
     if ((r = psa_plan_init(&plan, desc, q, k, v, out)) != PSA_OK) return r;
     if (!q->data || !k->data || !v->data || !out->data) return psa__fail(desc, PSA_ERR_NULL, "a tensor has no data");
@@ -3805,23 +4788,36 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
         extra->stats.mul_adds = mul_adds;
         return PSA_OK;
     }
+    budget = !dense && (plan.desc.density > 0 || plan.desc.mask == PSA_MASK_ERROR);
+    given = extra && extra->levels_given;
     c.work = alloc_fn(desc->alloc_user, plan.work_size);
     if (c.work && !c.levels && !dense) {
         c.levels = own_levels = (uint8_t *)alloc_fn(desc->alloc_user, psa_map_size(&plan));
     }
-    if (!c.work || (!c.levels && !dense)) {
+    if (c.work && !c.scores && budget && !given && plan.desc.mask != PSA_MASK_ERROR) {
+        c.scores = own_scores = (float *)alloc_fn(desc->alloc_user, psa_map_size(&plan) * sizeof(float));
+    }
+    if (!c.work || (!c.levels && !dense) || (!c.scores && budget && !given && plan.desc.mask != PSA_MASK_ERROR)) {
+        if (own_levels) free_fn(desc->alloc_user, own_levels);
         if (c.work) free_fn(desc->alloc_user, c.work);
         return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace",
                          (unsigned long long)plan.work_size);
     }
+    if (!dense && (plan.desc.tree || psa__weighted(&plan))) psa__parallel(&plan, psa__call_prepare, &c);
     if (!dense) psa__parallel(&plan, psa__call_pool, &c);
-    if (!dense && !(extra && extra->levels_given)) psa__parallel(&plan, psa__call_levels, &c);
-    if (dense && c.levels && !extra->levels_given) psa_mask(&plan, NULL, c.work, c.levels, 0, 1);
+    if (!dense && !given && !budget) psa__parallel(&plan, psa__call_levels, &c);
+    if (budget && !given) {
+        psa__parallel(&plan, psa__call_score, &c);
+        psa__parallel(&plan, psa__call_budget, &c);
+        psa__parallel(&plan, psa__call_mask, &c);
+    }
+    if (dense && c.levels && !given) psa_mask(&plan, NULL, c.work, c.levels, 0, 1);
     psa__parallel(&plan, psa__call_attend, &c);
     if (extra) {
         psa_stats_from_levels(&plan, c.levels, -1, -1, &extra->stats);
         extra->stats.mul_adds = psa_mul_adds(&plan, c.work);
     }
+    if (own_scores) free_fn(desc->alloc_user, own_scores);
     if (own_levels) free_fn(desc->alloc_user, own_levels);
     free_fn(desc->alloc_user, c.work);
     return PSA_OK;

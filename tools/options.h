@@ -17,6 +17,9 @@ enum { CMD_ATTEND = 1, CMD_SCORE = 2, CMD_MASK = 4, CMD_ORDER = 8, CMD_BENCH = 1
 
 enum { BENCH_CASES = 16 };
 
+/* --order: the library's kinds, and the trees that it finds itself. */
+enum { ORDER_TREE = PSA_ORDER_HYBRID + 1, ORDER_TREE_KV };
+
 /* A command that takes options. */
 typedef struct syntax {
     const char *name;         /* "psa attend": what errors begin with */
@@ -33,7 +36,7 @@ typedef struct options {
     int preset; /* index, -1: none */
     const char *q, *k, *v, *out, *lse, *levels, *scores, *save_scores, *save_levels, *stats, *png;
     int order, grid[3], tile[3], n_grid, n_tile, clusters;
-    int threads, type, backend, compare, json; /* type -1: that of q */
+    int threads, type, backend, report, compare, json; /* type -1: that of q */
     double sample, density;
     unsigned topics;                                     /* a bit for each, 0: all */
     int n[BENCH_CASES], d[BENCH_CASES], n_n, n_d, heads; /* 0: the topic's, like density */
@@ -70,12 +73,20 @@ static const char *score_name(int i) {
     return nth_name(names, 4, i);
 }
 static const char *mask_name(int i) {
-    static const char *const names[] = {"topk", "threshold", "dense"};
-    return nth_name(names, 3, i);
+    static const char *const names[] = {"topk", "threshold", "dense", "error"};
+    return nth_name(names, 4, i);
 }
 static const char *order_name(int i) {
-    static const char *const names[] = {"none", "gilbert", "tile", "semantic", "hybrid"};
-    return nth_name(names, 5, i);
+    static const char *const names[] = {"none", "gilbert", "tile", "semantic", "hybrid", "tree", "tree_kv"};
+    return nth_name(names, 7, i);
+}
+static const char *metric_name(int i) {
+    static const char *const names[] = {"euclid", "logit"};
+    return nth_name(names, 2, i);
+}
+static const char *budget_name(int i) {
+    static const char *const names[] = {"call", "head"};
+    return nth_name(names, 2, i);
 }
 static const char *backend_name(int i) {
     static const char *const names[] = {"cpu", "cuda"};
@@ -146,7 +157,15 @@ static const option option_table[] = {
     {"--score-group", "Q,K", "pooled: queries and keys in a group; default the whole block", SCORING, INTEGERS,
      AT(desc.score_group), LIST(0, 1, PSA_MAX_BLOCK_Q, 2, 2)},
     {"--seed", "N", "sample: of the sampled offsets", SCORING, SEED, AT(desc.seed), PLAIN},
-    {"--mask", "NAME", "topk, threshold or dense; default topk", MASKING, NAME, AT(desc.mask), NAMES(mask_name)},
+    {"--mask", "NAME", "topk, threshold, dense or error (least predicted error); default topk", MASKING, NAME,
+     AT(desc.mask), NAMES(mask_name)},
+    {"--density", "F", "share of dense attention's multiply-adds that the mask is to cost; default: as the levels say",
+     MASKING, REAL, AT(desc.density), NUMBER(DBL_MIN, 1)},
+    {"--budget", "NAME", "call or head: whose density; default call", MASKING, NAME, AT(desc.density_per_head),
+     NAMES(budget_name)},
+    {"--lambda", "F", "mask error: price of a whole block in squared error, in place of --density", SCORING, REAL,
+     AT(desc.lambda), NUMBER(DBL_MIN, 1e30)},
+    {"--tilt", NULL, "pool around the mean query", SCORING, FLAG, AT(desc.tilt), PLAIN},
     {"--inclusive", NULL, "threshold: count the block's own mass too", MASKING, FLAG, AT(desc.inclusive), PLAIN},
     {"--level-end", "F,F,...",
      "cumulative ends of levels 1, 2, 4, ...: shares (topk) or score mass (threshold), not all 0", MASKING, REALS,
@@ -163,8 +182,12 @@ static const option option_table[] = {
     {"--sink", NULL, "the first KV block is level 1 for everyone", MASKING, FLAG, AT(desc.sink), PLAIN},
     {"--diagonal", NULL, "a query block's own KV blocks are level 1", MASKING, FLAG, AT(desc.diagonal), PLAIN},
     {"--skip-mean", NULL, "a skipped block is read as one mean token", MASKING, FLAG, AT(desc.skip_mean), PLAIN},
-    {"--order", "NAME", "none, gilbert, tile, semantic or hybrid (gilbert for q, semantic for k); default none",
+    {"--order", "NAME",
+     "none, gilbert, tile, semantic, hybrid (gilbert for q, semantic for k), tree, or tree_kv (with --grid gilbert for "
+     "q); default none",
      CMD_ATTEND, NAME, AT(order), NAMES(order_name)},
+    {"--metric", "NAME", "of trees: euclid or logit; default euclid", CMD_ATTEND | CMD_CLASSIFY, NAME,
+     AT(desc.metric), NAMES(metric_name)},
     {"--order", "NAME", "gilbert or tile", CMD_ORDER, NAME, AT(order), NAMES(order_name)},
     {"--grid", "T,H,W", "video tokens, w fastest; prefix + T*H*W + suffix must be N", CMD_ATTEND, INTEGERS, AT(grid),
      LIST(AT(n_grid), 1, INT_MAX, 3, 3)},
@@ -194,6 +217,8 @@ static const option option_table[] = {
     {"--save-levels", "FILE", "uint8 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_levels), PLAIN},
     {"--stats", "FILE", "density, work and time as JSON", CMD_ATTEND, FILE_NAME, AT(stats), PLAIN},
     {"--png", "FILE", "picture of every head's level map", CMD_ATTEND, FILE_NAME, AT(png), PLAIN},
+    {"--report", NULL, "mask error: predicted error of every head, with --compare the measured one", CMD_ATTEND, FLAG,
+     AT(report), PLAIN},
     {"--compare", NULL, "also run dense attention; print both side by side", CMD_ATTEND | CMD_CLASSIFY, FLAG,
      AT(compare), PLAIN},
     {"--json", NULL, "print the results as JSON", CMD_BENCH | CMD_CLASSIFY, FLAG, AT(json), PLAIN},

@@ -349,8 +349,12 @@ static int make_order(attention *a, int kind, const psa_tensor *x, int32_t **ind
 static int make_orders(attention *a) {
     int kind = a->o.order, hybrid = kind == PSA_ORDER_HYBRID;
     double start = now();
-    if (kind == PSA_ORDER_NONE)
+    if (kind == ORDER_TREE || kind == ORDER_TREE_KV)
+        a->o.desc.tree = kind == ORDER_TREE ? PSA_TREE_QKV : PSA_TREE_KV;
+    if (kind == PSA_ORDER_NONE || kind == ORDER_TREE || (kind == ORDER_TREE_KV && !a->o.n_grid))
         return 0;
+    if (kind == ORDER_TREE_KV)
+        return grid_order(a, PSA_ORDER_GILBERT, &a->q, &a->order_q, &a->o.desc.order_q);
     if (make_order(a, hybrid ? PSA_ORDER_GILBERT : kind, &a->q, &a->order_q, &a->o.desc.order_q) ||
         make_order(a, hybrid ? PSA_ORDER_SEMANTIC : kind, &a->k, &a->order_k, &a->o.desc.order_k))
         return 2;

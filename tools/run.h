@@ -13,8 +13,8 @@ static int tasks(const crew *c) {
 
 /* ---- one attention: plan, memory, stages ---- */
 
-enum { POOL, SCORE, MASK, ATTEND, STAGES };
-static const char *const stage_names[STAGES] = {"pool", "score", "mask", "attend"};
+enum { PREPARE, POOL, SCORE, BUDGET, MASK, ATTEND, STAGES };
+static const char *const stage_names[STAGES] = {"prepare", "pool", "score", "budget", "mask", "attend"};
 
 typedef struct run {
     crew *crew;
@@ -78,11 +78,17 @@ static void stage_task(void *ctx, int ith, int nth) {
     run *r = (run *)ctx;
     psa_result *result = &r->results[ith];
     switch (r->stage) {
+    case PREPARE:
+        *result = psa_prepare(&r->plan, r->q, r->k, r->work, ith, nth);
+        break;
     case POOL:
         *result = psa_pool(&r->plan, r->k, r->v, r->work, ith, nth);
         break;
     case SCORE:
         *result = psa_score(&r->plan, r->q, r->k, r->work, r->scores, ith, nth);
+        break;
+    case BUDGET:
+        *result = psa_budget(&r->plan, r->scores, r->work, ith, nth);
         break;
     case MASK:
         *result = psa_mask(&r->plan, r->scores, r->work, r->levels, ith, nth);
@@ -110,7 +116,11 @@ static int run_stage(run *r, const options *o, int stage) {
 /* Everything up to the level map, unless the caller brings one, and attention. */
 static int run_attention(run *r, const options *o, int levels_given) {
     int scored = !levels_given && r->plan.desc.mask != PSA_MASK_DENSE;
-    if (run_stage(r, o, POOL) || (scored && run_stage(r, o, SCORE)) || (!levels_given && run_stage(r, o, MASK)))
+    if (run_stage(r, o, PREPARE) || run_stage(r, o, POOL))
+        return 2;
+    if (scored && (run_stage(r, o, SCORE) || run_stage(r, o, BUDGET)))
+        return 2;
+    if (!levels_given && run_stage(r, o, MASK))
         return 2;
     return run_stage(r, o, ATTEND);
 }
