@@ -240,8 +240,8 @@ typedef enum psa_tree_kind {
 
 /* How far apart two tokens are. */
 typedef enum psa_metric_kind {
-    PSA_METRIC_EUCLID = 0,
-    PSA_METRIC_LOGIT    /* by the logits they make: keys through E[q q^T], queries through Cov(k) */
+    PSA_METRIC_LOGIT = 0, /* by the logits they make: keys through E[q q^T], queries through Cov(k) */
+    PSA_METRIC_EUCLID     /* as they lie; cheaper to sort by */
 } psa_metric_kind;
 
 typedef enum psa_order_kind {
@@ -859,6 +859,7 @@ typedef struct psa__leaves {
     float (*dot)(const float *a, const float *b, int64_t n);
     void (*blend)(float *dst, const float *a, float wa, const float *b, float wb, int64_t n);
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
+    void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
     /* Trees: s[i] = u . row i, for row pointers as in a tile (s has room for the padding); dst = sum of s[i] * row i;
      * below[i] = whether s[i] is among the k smallest of n, ties by index. */
@@ -895,9 +896,10 @@ typedef struct psa__leaves {
     /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: for the fine levels the
      * sum of exp2(s - bm) * spread, for the coarser ones bs less the sum of exp2(s - bm) over the level's rows. */
     void (*block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x);
-    /* e[j] = sum over lanes of (z * exp2(bm - m) * x)^2 for j < n; bm and x [n][lanes]. e has room for 16 more. */
-    void (*row_error)(int64_t lanes, int64_t n, const float *bm, const float *x, const float *m, const float *z,
-                      float *e);
+    /* error[i][j] = sum over lanes of (z * exp2(bm - m) * x[i])^2 for the n_x planes x[n][lanes] of block_error; rows of
+     * error are n + 16 long. lanes: at most PSA_MAX_BLOCK_Q. */
+    void (*row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x, int64_t plane, const float *m,
+                      const float *z, float *error, int64_t n_row);
 
     /* Denormals off on this thread; the return value brings the caller's mode back. */
     unsigned (*denormals_off)(void);
@@ -1261,14 +1263,24 @@ static PSA__TARGET void PSA__(scale)(float *x, float factor, int64_t n)
     for (; i < n; i++) x[i] *= factor;
 }
 
+/* The sum of a vector's lanes, by halves. */
+PSA__ALWAYS_INLINE PSA__TARGET float PSA__(total)(PSA__V sum)
+{
+    float lane[PSA__W];
+    PSA__(store)(lane, sum);
+    for (int half = PSA__W / 2; half > 0; half /= 2) {
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    }
+    return lane[0];
+}
+
 static PSA__TARGET float PSA__(dot)(const float *a, const float *b, int64_t n)
 {
-    float lane[PSA__W], total = 0.0f;
+    float total;
     PSA__V sum = PSA__(splat)(0.0f);
     int64_t i = 0;
     for (; i + PSA__W <= n; i += PSA__W) sum = PSA__(fma)(PSA__(load)(a + i), PSA__(load)(b + i), sum);
-    PSA__(store)(lane, sum);
-    for (int j = 0; j < PSA__W; j++) total += lane[j];
+    total = PSA__(total)(sum);
     for (; i < n; i++) total += a[i] * b[i];
     return total;
 }
@@ -1286,17 +1298,27 @@ static PSA__TARGET void PSA__(blend)(float *dst, const float *a, float wa, const
 
 static PSA__TARGET float PSA__(spread)(const float *m, const float *a, const float *b, int64_t n)
 {
-    float lane[PSA__W], total = 0.0f;
+    float total;
     PSA__V sum = PSA__(splat)(0.0f);
     int64_t i = 0;
     for (; i + PSA__W <= n; i += PSA__W) {
         PSA__V x = PSA__(sub)(PSA__(load)(a + i), PSA__(load)(b + i));
         sum = PSA__(fma)(PSA__(mul)(PSA__(load)(m + i), x), x, sum);
     }
-    PSA__(store)(lane, sum);
-    for (int j = 0; j < PSA__W; j++) total += lane[j];
+    total = PSA__(total)(sum);
     for (; i < n; i++) total += m[i] * (a[i] - b[i]) * (a[i] - b[i]);
     return total;
+}
+
+static PSA__TARGET void PSA__(moments)(float *sum, float *square, const float *x, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) {
+        const PSA__V v = PSA__(load)(x + i);
+        PSA__(store)(sum + i, PSA__(add)(PSA__(load)(sum + i), v));
+        PSA__(store)(square + i, PSA__(fma)(v, v, PSA__(load)(square + i)));
+    }
+    for (; i < n; i++) sum[i] += x[i], square[i] += x[i] * x[i];
 }
 
 static PSA__TARGET void PSA__(pack)(int nv, float *qt, const float *rows, int64_t d, float scale)
@@ -1627,45 +1649,61 @@ PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_
     const PSA__V limit = PSA__(splat)(x), zero = PSA__(splat)(0.0f), one = PSA__(splat)(1.0f);
     const PSA__V steep = PSA__(splat)(8.507059173e+37f);
     PSA__V sum = zero;
-    float lane[PSA__W];
-    int64_t i = 0, count = 0;
+    int64_t i = 0, count;
     for (; i + PSA__W <= n; i += PSA__W) {
         PSA__V below = PSA__(mul)(PSA__(mul)(PSA__(sub)(limit, PSA__(load)(s + i)), steep), steep);
         sum = PSA__(add)(sum, PSA__(min)(PSA__(max)(below, zero), one));
     }
-    PSA__(store)(lane, sum);
-    for (int j = 0; j < PSA__W; j++) count += (int64_t)lane[j];
+    count = (int64_t)PSA__(total)(sum);
     for (; i < n; i++) count += s[i] < x;
     return count;
 }
 
-/* Bisection for a value with k below it; if there is none, for the one that is the k-th. */
+/* Few are sorted by insertion, many bisected for a value with k below it or, with ties, for the one that is k-th. */
 static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, uint8_t *below)
 {
-    float low = s[0], high = s[0];
+    enum { FEW = 16 };
+    float low = s[0], high = s[0], sorted[FEW];
     int64_t count = 0;
-    for (int64_t i = 1; i < n; i++) {
-        low = s[i] < low ? s[i] : low;
-        high = s[i] > high ? s[i] : high;
-    }
-    high = nextafterf(high, INFINITY);
-    while (count != k) { /* `count`, fewer than k, are below low; more than k are below high */
-        float middle = low + 0.5f * (high - low);
-        int64_t there;
-        if (!(middle > low && middle < high)) break;
-        there = PSA__(count_below)(s, n, middle);
-        if (there > k) {
-            high = middle;
-        } else {
-            low = middle;
-            count = there;
+    if (n <= FEW) {
+        for (int64_t i = 0, j; i < n; i++) {
+            for (j = i; j > 0 && sorted[j - 1] > s[i]; j--) sorted[j] = sorted[j - 1];
+            sorted[j] = s[i];
+        }
+        low = high = sorted[k - 1];
+    } else {
+        PSA__V least = PSA__(load)(s), most = least;
+        float lane[PSA__W];
+        for (int64_t i = 0; i + PSA__W <= n; i += PSA__W) {
+            least = PSA__(min)(PSA__(load)(s + i), least);
+            most = PSA__(max)(PSA__(load)(s + i), most);
+        }
+        PSA__(store)(lane, least);
+        for (int j = 0; j < PSA__W; j++) low = lane[j] < low ? lane[j] : low;
+        PSA__(store)(lane, most);
+        for (int j = 0; j < PSA__W; j++) high = lane[j] > high ? lane[j] : high;
+        for (int64_t i = n - n % PSA__W; i < n; i++) {
+            low = s[i] < low ? s[i] : low;
+            high = s[i] > high ? s[i] : high;
+        }
+        while (count != k) { /* `count`, fewer than k, are below low; high is below no more than n - k */
+            float middle = low + 0.5f * (high - low);
+            int64_t there;
+            if (!(middle > low && middle < high)) break;
+            there = PSA__(count_below)(s, n, middle);
+            if (there > k) {
+                high = middle;
+            } else {
+                low = middle;
+                count = there;
+            }
         }
     }
     count = 0;
     for (int64_t i = 0; i < n; i++) count += below[i] = s[i] < low;
-    for (; count < k; high = INFINITY) { /* ties; a second round if differences were flushed to zero */
+    for (float tie = low; count < k; tie = tie < high ? high : INFINITY) {
         for (int64_t i = 0; i < n && count < k; i++) {
-            if (!below[i] && s[i] < high) count += below[i] = 1;
+            if (!below[i] && s[i] <= tie) count += below[i] = 1;
         }
     }
 }
@@ -1780,23 +1818,32 @@ static PSA__TARGET void PSA__(block_error)(int nv, float *s, const psa__errors *
     }
 }
 
-static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, const float *bm, const float *x, const float *m,
-                                         const float *z, float *e)
+static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x,
+                                         int64_t plane, const float *m, const float *z, float *error, int64_t n_row)
 {
+    float factor[PSA__W * PSA_MAX_BLOCK_Q];
     for (int64_t j = 0; j < n; j += PSA__W) {
-        PSA__V total[PSA__W];
         for (int y = 0; y < PSA__W; y++) {
-            int64_t row = psa__min(j + y, n - 1) * lanes;
-            total[y] = PSA__(splat)(0.0f);
+            const float *top = bm + psa__min(j + y, n - 1) * lanes;
             for (int64_t i = 0; i < lanes; i += PSA__W) {
-                PSA__V error = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + row + i), PSA__(load)(m + i)));
-                error = PSA__(mul)(PSA__(mul)(error, PSA__(load)(z + i)), PSA__(load)(x + row + i));
-                total[y] = PSA__(fma)(error, error, total[y]);
+                PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(top + i), PSA__(load)(m + i)));
+                PSA__(store)(factor + y * lanes + i, PSA__(mul)(e, PSA__(load)(z + i)));
             }
         }
-        PSA__(transpose)(total);
-        PSA__UNROLL for (int y = 1; y < PSA__W; y++) total[0] = PSA__(add)(total[0], total[y]);
-        PSA__(store)(e + j, total[0]);
+        for (int at = 0; at < n_x; at++) {
+            PSA__V total[PSA__W];
+            for (int y = 0; y < PSA__W; y++) {
+                const float *row = x + at * plane + psa__min(j + y, n - 1) * lanes;
+                total[y] = PSA__(splat)(0.0f);
+                for (int64_t i = 0; i < lanes; i += PSA__W) {
+                    PSA__V e = PSA__(mul)(PSA__(load)(factor + y * lanes + i), PSA__(load)(row + i));
+                    total[y] = PSA__(fma)(e, e, total[y]);
+                }
+            }
+            PSA__(transpose)(total);
+            PSA__UNROLL for (int y = 1; y < PSA__W; y++) total[0] = PSA__(add)(total[0], total[y]);
+            PSA__(store)(error + at * n_row + j, total[0]);
+        }
     }
 }
 
@@ -1811,7 +1858,7 @@ static const psa__leaves PSA__(leaves) = {
     "neon",
 #endif
     PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(blend), PSA__(spread),
-    PSA__(project), PSA__(combine), PSA__(smallest), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide),
+    PSA__(moments), PSA__(project), PSA__(combine), PSA__(smallest), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide),
     PSA__(softmax), PSA__(pv), PSA__(single), PSA__(block_max), PSA__(row_mass), PSA__(block_error),
     PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
 
@@ -2257,8 +2304,8 @@ static psa_result psa__plan_orders(psa_plan *p)
     if (d->causal && (d->order_q.index || d->order_k.index || d->tree)) {
         return psa__fail(d, PSA_ERR_ORDER, "a token order cannot be causal");
     }
-    if (d->tree < PSA_TREE_NONE || d->tree > PSA_TREE_QKV || d->metric < PSA_METRIC_EUCLID ||
-        d->metric > PSA_METRIC_LOGIT) {
+    if (d->tree < PSA_TREE_NONE || d->tree > PSA_TREE_QKV || d->metric < PSA_METRIC_LOGIT ||
+        d->metric > PSA_METRIC_EUCLID) {
         return psa__fail(d, PSA_ERR_ORDER, "unknown tree %d or metric %d", (int)d->tree, (int)d->metric);
     }
     if ((d->tree && d->order_k.index) || (d->tree == PSA_TREE_QKV && d->order_q.index)) {
@@ -2324,7 +2371,7 @@ typedef struct psa__scratch {
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
 
-    float *x;            /* [n_levels-1][nk][lanes]: mask ERROR, results of block_error */
+    float *x;            /* [n_levels][nk][lanes]: mask ERROR, results of block_error; the last plane is bs */
     float *error;        /* [n_levels][nk+16]: predicted error of every block at levels 2, 4, ... and skipped */
     uint16_t *steps;     /* [nk][PSA_MAX_LEVELS]: prices at which a block leaves a level */
     uint8_t *full;       /* [nk]: blocks that are level 1 whatever they cost */
@@ -2361,7 +2408,7 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.m = (float *)(b + psa__take(&at, lanes, f));
     s.l = (float *)(b + psa__take(&at, lanes, f));
     s.top = (float *)(b + psa__take(&at, 64, f));
-    s.ot = (float *)(b + psa__take(&at, dv * lanes, f));
+    s.ot = (float *)(b + psa__take(&at, (tree && d > dv ? d : dv) * lanes, f));
     s.rows = (float *)(b + psa__take(&at, query > rows ? query : rows, f));
     s.k = (float *)(b + psa__take(&at, d * PSA_MAX_BLOCK_K, f));
     s.v = (float *)(b + psa__take(&at, dv * PSA_MAX_BLOCK_K, f));
@@ -2371,12 +2418,12 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.first = (int32_t *)(b + psa__take(&at, keys, sizeof(int32_t)));
     s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
     s.bm = (float *)(b + psa__take(&at, pairs, f));
-    s.bs = (float *)(b + psa__take(&at, pairs, f));
-    s.x = (float *)(b + psa__take(&at, errors ? psa__mul(pairs, (size_t)p->n_levels - 1) : 0, f));
+    s.x = (float *)(b + psa__take(&at, psa__mul(pairs, errors ? (size_t)p->n_levels : 1), f));
+    s.bs = s.x + (errors ? pairs * ((size_t)p->n_levels - 1) : 0);
     s.error = (float *)(b + psa__take(&at, errors ? psa__mul(nk + 16, (size_t)p->n_levels) : 0, f));
     s.steps = (uint16_t *)(b + psa__take(&at, priced ? psa__mul(nk, PSA_MAX_LEVELS) : 0, sizeof(uint16_t)));
     s.full = (uint8_t *)(b + psa__take(&at, priced ? nk : 0, 1));
-    s.node = (float *)(b + psa__take(&at, tree ? PSA__NODE * d : 0, f));
+    s.node = (float *)(b + psa__take(&at, tree ? (PSA__NODE + 64) * d : 0, f));
     s.node_row = (const float **)(b + psa__take(&at, tree ? PSA__NODE + PSA__PAD_K : 0, sizeof(float *)));
     s.direction = (float *)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, f));
     s.next = (float *)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, f));
@@ -2593,17 +2640,20 @@ static const float *psa__finite_row(const psa_plan *p, const psa_tensor *t, cons
 /* moment[2][D]: mean and variance of every element of the queries that read a KV head. */
 static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int64_t hkv, psa__scratch *w, float *moment)
 {
+    enum { AT_ONCE = 256 }; /* rows summed in single precision */
     double sum[PSA_MAX_D] = {0}, square[PSA_MAX_D] = {0}, n = 0;
-    int64_t group = p->Hq / p->Hkv;
-    for (int64_t i = 0; i < group * p->Nq; i++) {
-        const char *row = (const char *)q + psa__offset(&p->q, b, hkv * group + i / p->Nq, i % p->Nq);
-        const float *x = psa__finite_row(p, &p->q, row, w->k);
-        if (!x) continue;
-        n++;
-        for (int64_t j = 0; j < p->D; j++) {
-            sum[j] += x[j];
-            square[j] += (double)x[j] * x[j];
+    float some[2][PSA_MAX_D];
+    int64_t group = p->Hq / p->Hkv, rows = group * p->Nq;
+    for (int64_t begin = 0; begin < rows; begin += AT_ONCE) {
+        memset(some, 0, sizeof some);
+        for (int64_t i = begin; i < psa__min(begin + AT_ONCE, rows); i++) {
+            const char *row = (const char *)q + psa__offset(&p->q, b, hkv * group + i / p->Nq, i % p->Nq);
+            const float *x = psa__finite_row(p, &p->q, row, w->k);
+            if (!x) continue;
+            p->leaves->moments(some[0], some[1], x, p->D);
+            n++;
         }
+        for (int64_t j = 0; j < p->D; j++) sum[j] += some[0][j], square[j] += some[1][j];
     }
     for (int64_t j = 0; j < p->D; j++) {
         double mean = n > 0 ? sum[j] / n : 0, variance = n > 0 ? square[j] / n - mean * mean : 0;
@@ -2612,7 +2662,7 @@ static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int6
     }
 }
 
-/* ---- trees: balanced bisection along the principal direction, down to pairs ---- */
+/* ---- trees: balanced bisection along the principal direction, down to groups of 8 ---- */
 
 typedef struct psa__tree {
     const psa_plan *p;
@@ -2687,16 +2737,17 @@ static void psa__tree_root(psa__scratch *w, int64_t d)
     }
 }
 
-/* w->direction = the principal direction of n rows: power steps u <- Y^T Y u, in a metric C: u <- C Y^T Y u. */
+/* w->direction = the principal direction of n rows, from the difference of two of them: power steps u <- Y^T Y u, in a
+ * metric C: u <- C Y^T Y u. Few rows need few steps: with 3 for all of them the error of attention is the same. */
 static void psa__tree_direction(psa__tree *t, const float *const *rows, int64_t n, int metric)
 {
-    enum { STEPS = 3 };
     const psa__leaves *f = t->p->leaves;
     psa__scratch *w = t->w;
     float a[PSA__NODE + PSA__PAD_K];
     int64_t d = t->t->ne[0];
+    int steps = n <= 16 ? 0 : n <= 64 ? 1 : 3;
     f->blend(w->direction, rows[n / 2], 1.0f, rows[0], -1.0f, d);
-    for (int step = 0; step < STEPS; step++) {
+    for (int step = 0; step < steps; step++) {
         float mean = 0, norm;
         f->project(PSA_F32, w->direction, rows, n, d, a);
         for (int64_t i = 0; i < n; i++) mean += a[i];
@@ -2704,7 +2755,8 @@ static void psa__tree_direction(psa__tree *t, const float *const *rows, int64_t 
         f->combine(a, rows, n, d, metric ? w->next : w->direction);
         if (metric) f->project(PSA_F32, w->next, w->metric_row, d, d, w->direction);
         norm = f->dot(w->direction, w->direction, d);
-        f->scale(w->direction, norm > 0 && psa__finite(norm) ? 1.0f / sqrtf(norm) : 0.0f, d);
+        if (norm > 0 && psa__finite(norm)) f->scale(w->direction, 1.0f / sqrtf(norm), d);
+        else memset(w->direction, 0, (size_t)d * sizeof(float));
     }
 }
 
@@ -2717,34 +2769,64 @@ static int64_t psa__tree_cut(int64_t begin, int64_t end)
 }
 
 /* Puts those of n tokens whose w->left is set first; both sides keep their order. */
-static void psa__tree_part(psa__tree *t, int32_t *index, const float **rows, int64_t n)
+static void psa__tree_part(psa__tree *t, int32_t *index, int64_t n)
 {
     psa__scratch *w = t->w;
-    const float *right_row[PSA__NODE];
     int64_t left = 0, right = 0;
     for (int64_t i = 0; i < n; i++) {
-        if (rows && !w->left[i]) right_row[right] = rows[i];
-        if (rows && w->left[i]) rows[left] = rows[i];
-        if (w->left[i]) index[left++] = index[i];
-        else w->token[right++] = index[i];
+        int32_t token = index[i];
+        index[left] = w->token[right] = token; /* one of them is overwritten later: no branch to mispredict */
+        left += w->left[i];
+        right += !w->left[i];
     }
     memcpy(index + left, w->token, (size_t)right * sizeof *index);
-    if (rows) memcpy(rows + left, right_row, (size_t)right * sizeof *rows);
+}
+
+static void psa__tree_part_rows(psa__tree *t, const float **rows, int64_t n)
+{
+    const float *other[PSA__NODE];
+    int64_t left = 0, right = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = rows[i];
+        rows[left] = other[right] = row;
+        left += t->w->left[i];
+        right += !t->w->left[i];
+    }
+    memcpy(rows + left, other, (size_t)right * sizeof *rows);
 }
 
 /* Positions begin .. end-1, whose rows are at hand. */
 static void psa__tree_small(psa__tree *t, int64_t begin, int64_t end, const float **rows)
 {
+    enum { SMALLEST = 8 }; /* the order inside makes a difference of 1 % to the error of attention */
     const psa__leaves *f = t->p->leaves;
     int64_t n = end - begin, cut;
-    if (n <= 2) return;
+    if (n <= SMALLEST) return;
     cut = psa__tree_cut(begin, end);
     psa__tree_direction(t, rows, n, 0);
     f->project(PSA_F32, t->w->direction, rows, n, t->t->ne[0], t->w->place);
     f->smallest(t->w->place, n, cut - begin, t->w->left);
-    psa__tree_part(t, t->index + begin, rows, n);
+    psa__tree_part(t, t->index + begin, n);
+    psa__tree_part_rows(t, rows, n);
     psa__tree_small(t, begin, cut, rows);
     psa__tree_small(t, cut, end, rows + (cut - begin));
+}
+
+/* Rows y of w->node become L^T y. */
+static void psa__tree_map(psa__tree *t, int64_t n)
+{
+    const psa__leaves *f = t->p->leaves;
+    psa__scratch *w = t->w;
+    int64_t d = t->t->ne[0], lanes = psa__min(f->max_nv * f->lanes, psa__pad_lanes(t->p->desc.block_q));
+    int nv = (int)(lanes / f->lanes);
+    float one[64];
+    for (int i = 0; i < 64; i++) one[i] = 1.0f;
+    for (int64_t i = 0; i < n; i += lanes) { /* w->node has room for whole tiles */
+        f->pack(nv, w->qt, w->node + i * d, d, 1.0f);
+        memset(w->ot, 0, (size_t)(lanes * d) * sizeof(float));
+        f->pv(nv, w->qt, w->root_row, d, d, w->ot);
+        f->unpack(nv, w->node + i * d, w->ot, d, one);
+    }
 }
 
 /* Positions begin .. end-1. The direction of many tokens is that of a sample; few are brought near, and where the
@@ -2757,10 +2839,7 @@ static void psa__tree_large(psa__tree *t, int64_t begin, int64_t end)
     int metric = t->p->desc.metric == PSA_METRIC_LOGIT;
     psa__tree_gather(t, begin, n, psa__min(n, PSA__NODE));
     if (n <= PSA__NODE) {
-        for (int64_t i = 0; metric && i < n; i++) {
-            f->combine(w->node + i * d, w->root_row, d, d, w->next);
-            memcpy(w->node + i * d, w->next, (size_t)d * sizeof(float));
-        }
+        if (metric) psa__tree_map(t, n);
         psa__tree_small(t, begin, end, w->node_row);
         return;
     }
@@ -2775,7 +2854,7 @@ static void psa__tree_large(psa__tree *t, int64_t begin, int64_t end)
         f->project(t->t->type, w->direction, w->kp, m, d, w->place + i);
     }
     f->smallest(w->place, n, cut - begin, w->left);
-    psa__tree_part(t, t->index + begin, NULL, n);
+    psa__tree_part(t, t->index + begin, n);
     psa__tree_large(t, begin, cut);
     psa__tree_large(t, cut, end);
 }
@@ -2789,7 +2868,7 @@ static void psa__tree_head(psa__tree *t)
     for (int64_t i = first; i < end; i++) {
         t->w->left[i - first] = psa__finite_row(t->p, t->t, t->head + (size_t)i * t->t->nb[1], t->w->k) != NULL;
     }
-    psa__tree_part(t, t->index + first, NULL, end - first);
+    psa__tree_part(t, t->index + first, end - first);
     for (int64_t i = first; i < end; i++) n -= !t->w->left[i - first];
     end -= t->t->ne[1] - n;
     if (end > first) psa__tree_large(t, first, end);
@@ -2935,16 +3014,17 @@ typedef struct psa__weights {
 /* Two groups x and x + 1 become group t; share[2] are their weights. */
 static void psa__merge_weights(psa__weights *g, int64_t x, int64_t t, float half_apart, float share[2])
 {
-    float top = g->mass[x] > g->mass[x + 1] ? g->mass[x] : g->mass[x + 1], sum, entropy = 0;
-    share[0] = exp2f(g->mass[x] - top);
-    share[1] = exp2f(g->mass[x + 1] - top);
-    sum = share[0] + share[1];
-    share[0] /= sum;
-    share[1] /= sum;
-    for (int i = 0; i < 2; i++) entropy += share[i] > 0 ? share[i] * (g->entropy[x + i] - log2f(share[i])) : 0;
-    g->mass[t] = top + log2f(sum);
-    g->entropy[t] = entropy;
+    int64_t more = g->mass[x + 1] > g->mass[x], less = x + 1 - more;
+    float ratio, gain;
+    more += x;
+    ratio = exp2f(g->mass[less] - g->mass[more]);
+    gain = log2f(1.0f + ratio); /* base 2 log of 1 / share of the heavier one */
+    share[more - x] = 1.0f / (1.0f + ratio);
+    share[less - x] = 1.0f - share[more - x];
+    g->entropy[t] = gain + share[more - x] * g->entropy[more] +
+                    share[less - x] * (g->entropy[less] + (g->mass[more] - g->mass[less]));
     g->half[t] = share[0] * g->half[x] + share[1] * g->half[x + 1] + share[0] * share[1] * half_apart;
+    g->mass[t] = g->mass[more] + gain;
 }
 
 /* Pooled keys, values (unless w->vp is NULL) and biases of a block by pairs of pairs, each weighted by the mass that
@@ -3313,19 +3393,20 @@ static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((1
 static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f / (float)(1 << i); }
 
 /* step[i] = the price from which on a level coarser than the i-th makes error + price * cost least: the lower convex
- * hull of (cost, error). error[i], `stride` apart, is that of the level after the i-th; level 1 has none. */
-static void psa__error_steps(const float *error, int64_t stride, int n_levels, int skip_mean, uint16_t *step)
+ * hull of (cost, error). error[i], `stride` apart, is that of the level after the i-th; level 1 has none. per_cost[i][j]
+ * is 1 / (what level j saves over i). */
+static void psa__error_steps(const float *error, int64_t stride, int n_levels, int last,
+                             float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1], uint16_t *step)
 {
-    int at = 0, price = 0, last = skip_mean ? n_levels - 1 : n_levels;
+    float at_level[PSA_MAX_LEVELS + 1] = {0};
+    int at = 0, price = 0;
+    for (int i = 0; i < last; i++) at_level[i + 1] = error[i * stride];
     while (at < last) {
-        float here = at ? error[(at - 1) * stride] : 0.0f, least = 0.0f;
-        int best = 0;
-        for (int i = at + 1; i <= last; i++) {
-            float saved = psa__level_cost(at, n_levels) - psa__level_cost(i, n_levels);
-            float slope = (error[(i - 1) * stride] - here) / saved;
-            if (best && !(slope <= least)) continue;
-            least = slope;
-            best = i;
+        float least = (at_level[at + 1] - at_level[at]) * per_cost[at][at + 1];
+        int best = at + 1;
+        for (int i = at + 2; i <= last; i++) {
+            float slope = (at_level[i] - at_level[at]) * per_cost[at][i];
+            if (slope <= least) least = slope, best = i;
         }
         price = (int)psa__max(price, psa__price(least));
         for (; at < best; at++) step[at] = (uint16_t)price;
@@ -3337,14 +3418,18 @@ static void psa__error_steps(const float *error, int64_t stride, int n_levels, i
 static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
                            uint16_t *steps)
 {
+    float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1];
+    int levels = p->n_levels, last = p->desc.skip_mean ? levels - 1 : levels;
     int64_t stride = p->nk + 16;
-    for (int i = 0; i < p->n_levels; i++) {
-        const float *x = i < p->n_levels - 1 ? w->x + i * p->nk * padded : w->bs;
-        p->leaves->row_error(padded, n, w->bm, x, w->m, w->l, w->error + i * stride);
-        p->leaves->scale(w->error + i * stride, 1.0f / (float)lanes, n);
+    for (int i = 0; i < levels; i++) {
+        for (int j = i + 1; j <= levels; j++) {
+            float saved = psa__level_cost(i, levels) - psa__level_cost(j, levels);
+            per_cost[i][j] = 1.0f / (saved * (float)lanes);
+        }
     }
+    p->leaves->row_error(padded, n, levels, w->bm, w->x, p->nk * padded, w->m, w->l, w->error, stride);
     for (int64_t jk = 0; jk < n; jk++) {
-        psa__error_steps(w->error + jk, stride, p->n_levels, p->desc.skip_mean, steps + jk * p->n_levels);
+        psa__error_steps(w->error + jk, stride, levels, last, per_cost, steps + jk * levels);
     }
 }
 

@@ -81,7 +81,7 @@ static const char *order_name(int i) {
     return nth_name(names, 7, i);
 }
 static const char *metric_name(int i) {
-    static const char *const names[] = {"euclid", "logit"};
+    static const char *const names[] = {"logit", "euclid"};
     return nth_name(names, 2, i);
 }
 static const char *budget_name(int i) {
@@ -186,7 +186,7 @@ static const option option_table[] = {
      "none, gilbert, tile, semantic, hybrid (gilbert for q, semantic for k), tree, or tree_kv (with --grid gilbert for "
      "q); default none",
      CMD_ATTEND, NAME, AT(order), NAMES(order_name)},
-    {"--metric", "NAME", "of trees: euclid or logit; default euclid", CMD_ATTEND | CMD_CLASSIFY, NAME,
+    {"--metric", "NAME", "of trees: logit or euclid; default logit", CMD_ATTEND | CMD_CLASSIFY, NAME,
      AT(desc.metric), NAMES(metric_name)},
     {"--order", "NAME", "gilbert or tile", CMD_ORDER, NAME, AT(order), NAMES(order_name)},
     {"--grid", "T,H,W", "video tokens, w fastest; prefix + T*H*W + suffix must be N", CMD_ATTEND, INTEGERS, AT(grid),
