@@ -16,12 +16,17 @@
  *     psa_result r = psa_attention(&desc, &q, &k, &v, &out, NULL);   // pool, score, mask, attend
  *     if (r != PSA_OK) fprintf(stderr, "%s\n", psa_result_string(r));
  *
+ *     The zeroed desc is the paper's recipe. Nearer to dense at the same cost, without causality (manual, "Recipe"):
+ *
+ *     psa_desc_preset("recipe", &desc);
+ *     desc.density = 0.15;                          // the one knob: share of dense attention's multiply-adds
+ *
  * CONTENTS (search for the mark)
  *
- *     Manual            OPTIONS  CONCEPTS  SCORES  MASKS  ORDERS  MEMORY  THREADS  NUMERICS  GGML  SOURCES
+ *     Manual            OPTIONS  CONCEPTS  SCORES  MASKS  ORDERS  RECIPE  MEMORY  THREADS  NUMERICS  GGML  SOURCES
  *     Declarations      >>config  >>types  >>desc  >>plan  >>stages  >>one-call  >>around  >>cuda
- *     Implementation    >>util  >>convert  >>dispatch  >>leaves  >>validate  >>pool  >>score  >>mask  >>attend
- *                       >>order  >>threads  >>stats  >>presets
+ *     Implementation    >>util  >>convert  >>dispatch  >>leaves  >>validate  >>prepare  >>pool  >>score  >>mask
+ *                       >>attend  >>order  >>threads  >>stats  >>presets
  *
  * OPTIONS (define before including)
  *
@@ -83,7 +88,12 @@
  *                   beyond the last is skipped. Or level_count[i] blocks at each level.
  *     THRESHOLD     P = the mass ahead of a block: it gets the first level with P <= level_end[i] (within 1e-6). With
  *                   inclusive, P counts the block itself; the top block stays at the finest level in use.
+ *     ERROR         the level L that makes e(L) + lambda / L least, skipping (cost 0) among them, where e(L) is the
+ *                   squared error that the pair is predicted to make at level L: see RECIPE.
  *     DENSE         everything at level 1.
+ *
+ *     density says what the map is to cost, over the whole call or in each head: level_end is then scaled, or lambda
+ *     found, so that it is met within 1 % (by the shares of many rows: a handful of blocks cannot meet anything).
  *
  *     Then, in this order: the similarity cap (a block may not be coarser than its keys are alike), protected tokens
  *     (prefix, suffix, sink, diagonal), the causal rule, skip_mean. Prefix and suffix are tokens of both axes: query
@@ -99,12 +109,32 @@
  *     through the video grid, psa_order_tile cuts it into boxes, psa_order_semantic sorts the tokens of each head by
  *     k-means (own orders for q and for k); hybrid is Gilbert for q and semantic for k. Not with causal attention.
  *
+ *     desc.tree makes an order of its own for every head from the tokens themselves, in psa_prepare: they are bisected
+ *     along their principal direction, the halves again, down to groups of 8, so that every block, and every group of
+ *     8, 16, ... in it, holds tokens that are alike. Prefix and suffix stay in place. In the LOGIT metric keys are as
+ *     far apart as their logits under the queries, queries as far as theirs under the keys.
+ *
+ * RECIPE (what lowers the error at equal cost; each part is optional and goes with every other one)
+ *
+ *     tree QKV, tilt, mask ERROR and a density: psa_desc_preset("recipe"). Without causality.
+ *
+ *     tilt          pools around the mean query mu of the KV head instead of evenly: with w the softmax over a group of
+ *                   scale * mu . k_j, its key and value are sum w k and sum w v, and in place of ln c its logit gets
+ *                   ln sum exp(scale mu.k_j) - scale mu.(sum w k) + ln cosh sqrt(2 h),
+ *                   h = scale^2 / 2 * sum_j w_j sum_d var(q_d) (k_jd - (sum w k)_d)^2. mu = 0 and h = 0 give ln c.
+ *     mask ERROR    P(r,g) is the attention of a group's mean query r to a pooled key g (score_group: 8 x 8), M_L(r)
+ *                   the mass of a KV block at level L under the same denominator. In units of the variance of v,
+ *                       e(L) = mean over r of (sum_g P ln cosh sqrt(2 h_L))^2      up to the level of the groups,
+ *                       e(L) = mean over r of (M_group - M_L)^2                     above it,
+ *                       e(skip) = mean over r of M_group^2.
+ *
  * MEMORY
  *
  *     Only psa_attention allocates: the workspace and a level map, or one piece if it splits the keys; freed before it
  *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in f32 (less than one f32 copy
  *     of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block) floats.
- *     Linear in N for each of them but the maps, which have nq * nk entries.
+ *     Linear in N for each of them but the maps, which have nq * nk entries. A tree takes 4 bytes a token and head, and
+ *     9 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB a head.
  *
  * THREADS
  *
@@ -127,7 +157,8 @@
  *
  * SOURCES
  *
- *     Pyramid Sparse Attention, arXiv 2512.04025 ("the paper"). XAttention, arXiv 2503.16428 (antidiagonal scores).
+ *     Pyramid Sparse Attention, arXiv 2512.04025 ("the paper"); trees, tilt and mask ERROR go beyond it. XAttention,
+ *     arXiv 2503.16428 (antidiagonal scores).
  *     FlashAttention, arXiv 2205.14135 and 2307.08691 (online softmax, tiling). Cerveny, "gilbert" (space-filling
  *     curve).
  */
@@ -387,8 +418,8 @@ PSA_API size_t psa_map_size(const psa_plan *plan);
  * psa_plan_init, with the plan's shapes and strides. Outputs must not overlap inputs. */
 
 /* What is known of the tokens before they are pooled: trees, and for tilt and mask ERROR the mean and variance of the
- * queries, into work. A plan with none of them returns at once. Heads are split over threads. Trees may be kept while
- * the tokens change slowly (denoising steps, frames): run it again when they have drifted. Source: SPEC section 10. */
+ * queries, into work. A plan with none of them returns at once. Heads are split over threads. A tree may be kept while
+ * the tokens change slowly (denoising steps, frames): run this again when they have drifted. */
 PSA_API psa_result psa_prepare(const psa_plan *plan, const void *q, const void *k, void *work, int ith, int nth);
 
 /* The order that psa_prepare found for the queries of a query head, or (keys != 0) for the keys of a KV head; NULL
@@ -896,8 +927,8 @@ typedef struct psa__leaves {
     /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: for the fine levels the
      * sum of exp2(s - bm) * spread, for the coarser ones bs less the sum of exp2(s - bm) over the level's rows. */
     void (*block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x);
-    /* error[i][j] = sum over lanes of (z * exp2(bm - m) * x[i])^2 for the n_x planes x[n][lanes] of block_error; rows of
-     * error are n + 16 long. lanes: at most PSA_MAX_BLOCK_Q. */
+    /* error[i][j] = sum over lanes of (z * exp2(bm - m) * x[i])^2 for the n_x planes x[n][lanes] of block_error; rows
+     * of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
     void (*row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x, int64_t plane, const float *m,
                       const float *z, float *error, int64_t n_row);
 
@@ -1791,7 +1822,9 @@ static PSA__TARGET void PSA__(block_error)(int nv, float *s, const psa__errors *
     for (int j = 0; j < nv; j++, bm += PSA__W, bs += PSA__W, x += PSA__W) {
         PSA__V top = PSA__(splat)(-PSA__BIG), all = PSA__(splat)(0.0f);
         float *at = s + j * PSA__W, *coarser = at + (int64_t)e->rows[0] * nv * PSA__W;
-        for (int key = 0; key < e->rows[0]; key++) top = PSA__(max)(PSA__(seen)(at + (int64_t)key * nv * PSA__W, 0), top);
+        for (int key = 0; key < e->rows[0]; key++) {
+            top = PSA__(max)(PSA__(seen)(at + (int64_t)key * nv * PSA__W, 0), top);
+        }
         for (int key = 0; key < e->rows[0]; key++) {
             float *p = at + (int64_t)key * nv * PSA__W;
             PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(p, 0), top));
@@ -2459,7 +2492,7 @@ static psa_result psa__plan_work(psa_plan *p)
 {
     const psa_desc *d = &p->desc;
     size_t heads = psa__mul((size_t)p->B, (size_t)p->Hkv), at = 0, pooled, heads_q;
-    int scored = p->n_levels > 1, errors = d->mask == PSA_MASK_ERROR;
+    int scored = p->n_levels > 1, errors = d->mask == PSA_MASK_ERROR, priced;
     psa_tree_kind tree = scored ? d->tree : PSA_TREE_NONE;
     p->pooled_rows = 0;
     for (int i = 1; i < p->n_levels; i++) {
@@ -2477,7 +2510,8 @@ static psa_result psa__plan_work(psa_plan *p)
     p->at_cap = psa__take(&at, d->n_sim_min ? psa__mul(heads, (size_t)p->nk) : 0, 1);
     p->at_spread = psa__take(&at, errors ? psa__mul(heads, (size_t)(p->nk * psa__spread_size(p))) : 0, sizeof(float));
     p->at_steps = psa__take(&at, errors ? psa__mul(psa_map_size(p), (size_t)p->n_levels) : 0, sizeof(uint16_t));
-    p->at_prices = psa__take(&at, scored && d->density > 0 ? psa__mul(heads_q, PSA__PRICES + 2) : 0, sizeof(uint64_t));
+    priced = scored && d->density > 0;
+    p->at_prices = psa__take(&at, priced ? psa__mul(heads_q, PSA__PRICES + 2) : 0, sizeof(uint64_t));
     p->at_rows = psa__take(&at, psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq), sizeof(int64_t));
     p->scratch_size = psa__scratch_layout(p, NULL, NULL);
     p->at_scratch = psa__take(&at, p->scratch_size, (size_t)d->n_threads);
@@ -3393,8 +3427,8 @@ static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((1
 static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f / (float)(1 << i); }
 
 /* step[i] = the price from which on a level coarser than the i-th makes error + price * cost least: the lower convex
- * hull of (cost, error). error[i], `stride` apart, is that of the level after the i-th; level 1 has none. per_cost[i][j]
- * is 1 / (what level j saves over i). */
+ * hull of (cost, error). error[i], `stride` apart, is that of the level after the i-th; level 1 has none.
+ * per_cost[i][j] is 1 / (what level j saves over i). */
 static void psa__error_steps(const float *error, int64_t stride, int n_levels, int last,
                              float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1], uint16_t *step)
 {
@@ -3693,8 +3727,8 @@ static uint64_t psa__final_cost(const psa_plan *p, int i, int n_steps, int cap)
     return level ? (uint64_t)(PSA_MAX_BLOCK_K / level) : 0;
 }
 
-/* A row's blocks into the head's table: what leaving a level saves at each price; then what all cost at price 0, and how
- * many they are. */
+/* A row's blocks into the head's table: what leaving a level saves at each price; then what all cost at price 0, and
+ * how many they are. */
 static void psa__price_row(const psa_plan *p, const uint16_t *steps, const uint8_t *cap, int64_t iq, psa__scratch *w,
                            uint64_t *prices)
 {
@@ -3765,7 +3799,9 @@ PSA__DEF psa_result psa_budget(const psa_plan *plan, const float *scores, void *
     psa__scratch w;
     if (r != PSA_OK) return r;
     if (p->desc.mask == PSA_MASK_DENSE || p->desc.density == 0) return PSA_OK;
-    if (!scores && p->desc.mask != PSA_MASK_ERROR) return psa__fail(&p->desc, PSA_ERR_NULL, "scores must not be NULL");
+    if (!scores && p->desc.mask != PSA_MASK_ERROR) {
+        return psa__fail(&p->desc, PSA_ERR_NULL, "scores must not be NULL");
+    }
     w = psa__scratch_of(p, work, ith);
     psa__share(p->B * p->Hq, ith, nth, &begin, &end);
     for (int64_t head = begin; head < end; head++) {
@@ -4981,6 +5017,7 @@ static const psa__preset psa__presets[] = {
     {{"qwen2.5-vl", PSA__N, 0, 0, 0, 0, 0, 0}, 128, PSA__T, {.7, .8, .9, .9}, 0, 3, {.75, .7, .7}},
     {{"default", PSA__N, 0, 0, 0, 0, 0, 0}, 64, PSA__K, {.1, .15, .15, .35}, 0, 0, {0, 0, 0}},
     {{"paper-25", PSA__G, 0, .25, 0, 0, 0, 0}, 64, PSA__K, {.15, .25, .45, 0}, 0, 0, {0, 0, 0}},
+    {{"recipe", PSA__N, 0, 0, 0, 0, 0, 0}, 64, PSA_MASK_ERROR, {0, 0, 0, 0}, 0, 0, {0, 0, 0}},
 };
 #undef PSA__T
 #undef PSA__K
@@ -5025,6 +5062,10 @@ PSA__DEF psa_result psa_desc_preset(const char *name, psa_desc *desc)
         desc->score = PSA_SCORE_ANTIDIAGONAL;
         desc->stride = 8;
         desc->n_suffix = 512;
+    }
+    if (p->mask == PSA_MASK_ERROR) {
+        desc->tree = PSA_TREE_QKV;
+        desc->tilt = 1;
     }
     return PSA_OK;
 }

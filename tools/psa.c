@@ -258,6 +258,8 @@ static int check_outputs(attention *a) {
         return fail(o, "--out FILE is required (psa attend --help)");
     if (o->save_scores && (o->levels || o->desc.mask == PSA_MASK_DENSE))
         return fail(o, "--save-scores: nothing is scored with --levels or --mask dense");
+    if (o->report && (o->levels || o->desc.mask != PSA_MASK_ERROR))
+        return fail(o, "--report needs --mask error, which predicts errors, and no --levels");
     const char *paths[] = {o->out, o->lse, o->save_scores, o->save_levels, o->stats, o->png};
     for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
         if (outputs_add(&a->files, o, paths[i]))
@@ -408,6 +410,8 @@ static int attend_dense(attention *a) {
     psa_desc desc = a->o.desc;
     psa_tensor out = a->out;
     desc.mask = PSA_MASK_DENSE;
+    desc.tree = PSA_TREE_NONE;
+    desc.lambda = 0;
     memset(desc.level_count, 0, sizeof desc.level_count);
     memset(&desc.order_q, 0, sizeof desc.order_q);
     memset(&desc.order_k, 0, sizeof desc.order_k);
@@ -547,6 +551,49 @@ static void print_compare(const attention *a) {
     printf("(one run each; psa bench repeats and warms up)\n");
 }
 
+/* Total variance of the values of a KV head. */
+static double value_variance(const attention *a, int64_t head) {
+    int64_t n = a->v.ne[1], d = a->v.ne[0];
+    double total = 0;
+    for (int64_t x = 0; x < d; x++) {
+        double sum = 0, square = 0;
+        for (int64_t i = 0; i < n; i++) {
+            double value = (double)get_element(a->v.data, a->v.type, (size_t)((head * n + i) * d + x));
+            sum += value;
+            square += value * value;
+        }
+        total += square / (double)n - sum / (double)n * (sum / (double)n);
+    }
+    return total;
+}
+
+/* --report: the error that the mask predicts for each head, relative as the measured one, which needs --compare. */
+static int print_report(const attention *a) {
+    const psa_plan *p = &a->run.plan;
+    size_t size = (size_t)(p->Nq * p->Dv), bytes = size * psa_type_size(a->out.type);
+    printf("\nbatch  head   density  predicted error  %s\n", a->o.compare ? "measured error" : "");
+    for (int64_t i = 0; i < p->B * p->Hq; i++) {
+        double predicted, relative, largest, norm = 0;
+        psa_result r = psa_predicted_error(p, a->run.work, a->run.levels, i / p->Hq, i % p->Hq, &predicted);
+        if (r != PSA_OK)
+            return run_fail(&a->o, &a->run, r);
+        for (size_t x = 0; x < size; x++) {
+            double out = (double)get_element(a->out_data, a->out.type, (size_t)i * size + x);
+            norm += out * out;
+        }
+        int64_t kv = i / p->Hq * p->Hkv + i % p->Hq / (p->Hq / p->Hkv);
+        predicted = sqrt(predicted * value_variance(a, kv) * (double)p->Nq / norm);
+        printf("%5d %5d  %8.4f  %15.4g", (int)(i / p->Hq), (int)(i % p->Hq), a->density[i], predicted);
+        if (a->o.compare) {
+            difference((char *)a->dense_data + (size_t)i * bytes, (char *)a->out_data + (size_t)i * bytes,
+                       a->out.type, size, &relative, &largest);
+            printf("  %14.4g", relative);
+        }
+        printf("\n");
+    }
+    return 0;
+}
+
 static void print_attention(const attention *a) {
     const psa_plan *p = &a->run.plan;
     printf("q [%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "] %s  k, v [%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64
@@ -588,6 +635,8 @@ static int attend(attention *a) {
         rc = write_results(a);
     if (rc == 0)
         print_attention(a);
+    if (rc == 0 && o->report)
+        rc = print_report(a);
     return rc;
 }
 
