@@ -122,11 +122,16 @@
  *                   scale * mu . k_j, its key and value are sum w k and sum w v, and in place of ln c its logit gets
  *                   ln sum exp(scale mu.k_j) - scale mu.(sum w k) + ln cosh sqrt(2 h),
  *                   h = scale^2 / 2 * sum_j w_j sum_d var(q_d) (k_jd - (sum w k)_d)^2. mu = 0 and h = 0 give ln c.
- *     mask ERROR    P(r,g) is the attention of a group's mean query r to a pooled key g (score_group: 8 x 8), M_L(r)
- *                   the mass of a KV block at level L under the same denominator. In units of the variance of v,
- *                       e(L) = mean over r of (sum_g P ln cosh sqrt(2 h_L))^2      up to the level of the groups,
- *                       e(L) = mean over r of (M_group - M_L)^2                     above it,
- *                       e(skip) = mean over r of M_group^2.
+ *     mask ERROR    P(r,g) is the attention of a group's mean query r to a pooled key g of G keys (score_group: 8 x 8),
+ *                   M_L(r) the mass of a KV block at level L under the same denominator, W_L(r,g) what of it falls to
+ *                   g, tau_L the mean variance of v inside the block's groups of L over that of the head. The squared
+ *                   error of the pair, in units of the variance of v, mean over r:
+ *                       e(L) = (sum_g P ln cosh sqrt(2 h_L))^2 + sum_g P^2 2 h_L tau_L / G           up to level G,
+ *                       e(L) = (M_G - M_L)^2 + sum_g (P - W_L)^2 (tau_L - tau_G)
+ *                              + sum_g P^2 2 h_G tau_G / G                                           above it,
+ *                       e(skip) = M_G^2,
+ *                   with h_L averaged over the groups of L in g. These errors rank levels well; as a forecast their sum
+ *                   is too low (2 to 10 times in length), because errors of many blocks add up.
  *
  * MEMORY
  *
@@ -388,7 +393,7 @@ typedef struct psa_plan {
     size_t at_pooled_k, at_pooled_v;   /* f32 [B][Hkv][pooled_rows][D], [Dv] */
     size_t at_bias;                    /* f32 [B][Hkv][pooled_rows]: added to the logit, in units of log2 */
     size_t at_cap;                     /* u8  [B][Hkv][nk]: coarsest level the similarity cap allows */
-    size_t at_spread;                  /* f32 [B][Hkv][nk][groups][log2 of keys in a group]: ln cosh of mask ERROR */
+    size_t at_spread;                  /* f32 [B][Hkv][nk][psa__spread_size]: what mask ERROR knows of a KV block */
     size_t at_steps;                   /* u16 [B][Hq][nq][nk][n_levels]: mask ERROR's prices of leaving a level */
     size_t at_prices;                  /* u64 [B][Hq][PSA__PRICES + 2]: what the map costs at which price */
     size_t at_rows;                    /* i64 [B][Hq][nq]: K/V rows read by psa_attend, per query block */
@@ -863,11 +868,13 @@ typedef struct psa__single {
     float *s, *m, *l, *o;       /* o [dv]; m, l and o are brought up to date as by softmax and pv */
 } psa__single;
 
-/* Rows of s at level score_group[1] and at the coarser ones, for the predicted error of a block. */
+/* Rows of s at level score_group[1] and at the coarser ones, and what the predicted error of their block needs. */
 typedef struct psa__errors {
-    int fine, coarse;           /* levels up to that of the groups (without level 1), and above it */
+    int groups, fine, coarse;   /* groups of keys; levels up to theirs (without level 1), and above it */
     int rows[PSA_MAX_LEVELS];   /* of s: groups first, then those of each coarser level */
-    const float *spread;        /* [groups][fine] */
+    const float *mass, *noise;  /* [groups][fine]: ln cosh sqrt(2 h), 2 h */
+    const float *share;         /* [coarse][groups]: of a group in its coarser one */
+    float value[PSA_MAX_LEVELS]; /* [fine + coarse]: variance of v inside a level's groups, over that of the head */
     int64_t plane;              /* floats between two results of a lane */
 } psa__errors;
 
@@ -924,10 +931,10 @@ typedef struct psa__leaves {
     void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm, const float *bs,
                      int use_max, int norm, float *m, float *z, float *score, int64_t n_row);
 
-    /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: for the fine levels the
-     * sum of exp2(s - bm) * spread, for the coarser ones bs less the sum of exp2(s - bm) over the level's rows. */
+    /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: the squared error of the
+     * i-th level after 1, and last of skipping, relative to (exp2(bm) / denominator)^2. */
     void (*block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x);
-    /* error[i][j] = sum over lanes of (z * exp2(bm - m) * x[i])^2 for the n_x planes x[n][lanes] of block_error; rows
+    /* error[i][j] = sum over lanes of (z * exp2(bm - m))^2 * x[i] for the n_x planes x[n][lanes] of block_error; rows
      * of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
     void (*row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x, int64_t plane, const float *m,
                       const float *z, float *error, int64_t n_row);
@@ -1817,37 +1824,58 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
     }
 }
 
+/* sum over the groups of (mass of the group - its share in what stands for it at a coarser level)^2; *seen becomes the
+ * mass at that level. */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(misplaced)(const psa__errors *e, int level, const float *group,
+                                                       const float *coarser, int64_t step, PSA__V top, PSA__V *seen)
+{
+    PSA__V sum = PSA__(splat)(0.0f);
+    *seen = sum;
+    for (int t = 0; t < e->rows[1 + level]; t++, coarser += step) {
+        const PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(coarser, 0), top));
+        int end = (t + 1) << (level + 1);
+        *seen = PSA__(add)(*seen, mass);
+        for (int g = t << (level + 1); g < end && g < e->rows[0]; g++) {
+            PSA__V share = PSA__(mul)(mass, PSA__(splat)(e->share[level * e->groups + g]));
+            PSA__V off = PSA__(sub)(PSA__(load)(group + g * step), share);
+            sum = PSA__(fma)(off, off, sum);
+        }
+    }
+    return sum;
+}
+
 static PSA__TARGET void PSA__(block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x)
 {
+    int64_t step = nv * PSA__W;
     for (int j = 0; j < nv; j++, bm += PSA__W, bs += PSA__W, x += PSA__W) {
-        PSA__V top = PSA__(splat)(-PSA__BIG), all = PSA__(splat)(0.0f);
-        float *at = s + j * PSA__W, *coarser = at + (int64_t)e->rows[0] * nv * PSA__W;
-        for (int key = 0; key < e->rows[0]; key++) {
-            top = PSA__(max)(PSA__(seen)(at + (int64_t)key * nv * PSA__W, 0), top);
-        }
-        for (int key = 0; key < e->rows[0]; key++) {
-            float *p = at + (int64_t)key * nv * PSA__W;
-            PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(p, 0), top));
-            PSA__(store)(p, mass);
+        PSA__V top = PSA__(splat)(-PSA__BIG), all = PSA__(splat)(0.0f), inside = all;
+        float *group = s + j * PSA__W, *coarser = group + e->rows[0] * step;
+        for (int g = 0; g < e->rows[0]; g++) top = PSA__(max)(PSA__(seen)(group + g * step, 0), top);
+        for (int g = 0; g < e->rows[0]; g++) {
+            PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(group + g * step, 0), top));
+            PSA__(store)(group + g * step, mass);
             all = PSA__(add)(all, mass);
         }
         PSA__(store)(bm, top);
         PSA__(store)(bs, all);
-        for (int i = 0; i < e->fine; i++) {
-            PSA__V sum = PSA__(splat)(0.0f);
-            for (int key = 0; key < e->rows[0]; key++) {
-                PSA__V mass = PSA__(load)(at + (int64_t)key * nv * PSA__W);
-                sum = PSA__(fma)(mass, PSA__(splat)(e->spread[key * e->fine + i]), sum);
+        for (int i = 0; i < e->fine; i++) { /* mass that a group misses, and values that it mixes up */
+            PSA__V missed = PSA__(splat)(0.0f), noise = missed;
+            for (int g = 0; g < e->rows[0]; g++) {
+                const PSA__V mass = PSA__(load)(group + g * step);
+                missed = PSA__(fma)(mass, PSA__(splat)(e->mass[g * e->fine + i]), missed);
+                noise = PSA__(fma)(PSA__(mul)(mass, mass), PSA__(splat)(e->noise[g * e->fine + i]), noise);
             }
-            PSA__(store)(x + i * e->plane, sum);
+            inside = PSA__(mul)(noise, PSA__(splat)(e->value[i]));
+            PSA__(store)(x + i * e->plane, PSA__(fma)(missed, missed, inside));
         }
         for (int i = 0; i < e->coarse; i++) {
-            PSA__V sum = PSA__(splat)(0.0f);
-            for (int key = 0; key < e->rows[1 + i]; key++, coarser += nv * PSA__W) {
-                sum = PSA__(add)(sum, PSA__(exp2)(PSA__(sub)(PSA__(seen)(coarser, 0), top)));
-            }
-            PSA__(store)(x + (e->fine + i) * e->plane, PSA__(sub)(all, sum));
+            PSA__V seen, off = PSA__(misplaced)(e, i, group, coarser, step, top, &seen);
+            PSA__V missed = PSA__(sub)(all, seen);
+            off = PSA__(fma)(off, PSA__(splat)(e->value[e->fine + i]), inside);
+            PSA__(store)(x + (e->fine + i) * e->plane, PSA__(fma)(missed, missed, off));
+            coarser += e->rows[1 + i] * step;
         }
+        PSA__(store)(x + (e->fine + e->coarse) * e->plane, PSA__(mul)(all, all));
     }
 }
 
@@ -1860,7 +1888,8 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, cons
             const float *top = bm + psa__min(j + y, n - 1) * lanes;
             for (int64_t i = 0; i < lanes; i += PSA__W) {
                 PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(top + i), PSA__(load)(m + i)));
-                PSA__(store)(factor + y * lanes + i, PSA__(mul)(e, PSA__(load)(z + i)));
+                e = PSA__(mul)(e, PSA__(load)(z + i));
+                PSA__(store)(factor + y * lanes + i, PSA__(mul)(e, e));
             }
         }
         for (int at = 0; at < n_x; at++) {
@@ -1869,8 +1898,7 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, cons
                 const float *row = x + at * plane + psa__min(j + y, n - 1) * lanes;
                 total[y] = PSA__(splat)(0.0f);
                 for (int64_t i = 0; i < lanes; i += PSA__W) {
-                    PSA__V e = PSA__(mul)(PSA__(load)(factor + y * lanes + i), PSA__(load)(row + i));
-                    total[y] = PSA__(fma)(e, e, total[y]);
+                    total[y] = PSA__(fma)(PSA__(load)(factor + y * lanes + i), PSA__(load)(row + i), total[y]);
                 }
             }
             PSA__(transpose)(total);
@@ -2404,7 +2432,8 @@ typedef struct psa__scratch {
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
 
-    float *x;            /* [n_levels][nk][lanes]: mask ERROR, results of block_error; the last plane is bs */
+    float *x;            /* [n_levels][nk][lanes]: mask ERROR, results of block_error */
+    float variance;      /* of the values of the KV head that is scored, in total */
     float *error;        /* [n_levels][nk+16]: predicted error of every block at levels 2, 4, ... and skipped */
     uint16_t *steps;     /* [nk][PSA_MAX_LEVELS]: prices at which a block leaves a level */
     uint8_t *full;       /* [nk]: blocks that are level 1 whatever they cost */
@@ -2436,6 +2465,7 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     int tree = scored && p->desc.tree != PSA_TREE_NONE;
     uintptr_t b = (uintptr_t)base;
     psa__scratch s;
+    s.variance = 0;
     s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * d, f));
     s.s = (float *)(b + psa__take(&at, keys * 64, f));
     s.m = (float *)(b + psa__take(&at, lanes, f));
@@ -2451,8 +2481,8 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.first = (int32_t *)(b + psa__take(&at, keys, sizeof(int32_t)));
     s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
     s.bm = (float *)(b + psa__take(&at, pairs, f));
-    s.x = (float *)(b + psa__take(&at, psa__mul(pairs, errors ? (size_t)p->n_levels : 1), f));
-    s.bs = s.x + (errors ? pairs * ((size_t)p->n_levels - 1) : 0);
+    s.bs = (float *)(b + psa__take(&at, pairs, f));
+    s.x = (float *)(b + psa__take(&at, errors ? psa__mul(pairs, (size_t)p->n_levels) : 0, f));
     s.error = (float *)(b + psa__take(&at, errors ? psa__mul(nk + 16, (size_t)p->n_levels) : 0, f));
     s.steps = (uint16_t *)(b + psa__take(&at, priced ? psa__mul(nk, PSA_MAX_LEVELS) : 0, sizeof(uint16_t)));
     s.full = (uint8_t *)(b + psa__take(&at, priced ? nk : 0, 1));
@@ -2482,10 +2512,24 @@ static int psa__weighted(const psa_plan *p)
     return p->n_levels > 1 && (p->desc.tilt || p->desc.mask == PSA_MASK_ERROR);
 }
 
-/* Floats that mask ERROR keeps of a KV block: for each group of keys the levels 2, 4, ... up to the group's. */
+/* What mask ERROR keeps of a KV block, in floats: the arrays of psa__errors, but value as the variances themselves. */
 static int64_t psa__spread_size(const psa_plan *p)
 {
-    return p->desc.block_k / p->desc.score_group[1] * psa__log2(p->desc.score_group[1]);
+    int64_t groups = p->desc.block_k / p->desc.score_group[1], fine = psa__log2(p->desc.score_group[1]);
+    return groups * (2 * fine + p->n_levels - 1 - fine) + p->n_levels - 1;
+}
+
+static psa__errors psa__errors_layout(const psa_plan *p, float *at)
+{
+    psa__errors e;
+    memset(&e, 0, sizeof e);
+    e.groups = p->desc.block_k / p->desc.score_group[1];
+    e.fine = psa__log2(p->desc.score_group[1]);
+    e.coarse = p->n_levels - 1 - e.fine;
+    e.mass = at;
+    e.noise = at + e.groups * e.fine;
+    e.share = at + e.groups * 2 * e.fine;
+    return e;
 }
 
 static psa_result psa__plan_work(psa_plan *p)
@@ -3043,10 +3087,11 @@ static float psa__ln_cosh(float x) { return x + log1pf(expf(-2.0f * x)) - (float
  * half the variance that the queries' spread gives its logits. */
 typedef struct psa__weights {
     float mass[PSA_MAX_BLOCK_K], entropy[PSA_MAX_BLOCK_K], half[PSA_MAX_BLOCK_K];
+    float value[PSA_MAX_BLOCK_K]; /* variance of v inside the group */
 } psa__weights;
 
 /* Two groups x and x + 1 become group t; share[2] are their weights. */
-static void psa__merge_weights(psa__weights *g, int64_t x, int64_t t, float half_apart, float share[2])
+static void psa__merge_weights(psa__weights *g, int64_t x, int64_t t, float half_apart, float v_apart, float share[2])
 {
     int64_t more = g->mass[x + 1] > g->mass[x], less = x + 1 - more;
     float ratio, gain;
@@ -3058,7 +3103,25 @@ static void psa__merge_weights(psa__weights *g, int64_t x, int64_t t, float half
     g->entropy[t] = gain + share[more - x] * g->entropy[more] +
                     share[less - x] * (g->entropy[less] + (g->mass[more] - g->mass[less]));
     g->half[t] = share[0] * g->half[x] + share[1] * g->half[x + 1] + share[0] * share[1] * half_apart;
+    g->value[t] = share[0] * g->value[x] + share[1] * g->value[x + 1] + share[0] * share[1] * v_apart;
     g->mass[t] = g->mass[more] + gain;
+}
+
+/* What mask ERROR keeps of level i of a block of `keys` keys, which has n rows. */
+static void psa__pool_spread(const psa_plan *p, const psa__weights *g, int i, int64_t n, int64_t keys, float *spread)
+{
+    psa__errors e = psa__errors_layout(p, spread);
+    float *mass = spread, *noise = mass + e.groups * e.fine, *value = spread + psa__spread_size(p) - (p->n_levels - 1);
+    int64_t each = ((int64_t)1 << e.fine) >> i;
+    float sum = 0;
+    for (int64_t t = 0; t < n; t++) sum += g->value[t];
+    value[i - 1] = sum < 1e30f ? sum / (float)n : 0.0f;
+    for (int64_t t = 0; each > 0 && t < psa__ceil_div(keys, (int64_t)1 << e.fine); t++) {
+        float half = 0, m = (float)psa__min(each, n - t * each);
+        for (int64_t x = t * each; x < psa__min((t + 1) * each, n); x++) half += g->half[x] / m;
+        mass[t * e.fine + i - 1] = half < 1e6f ? psa__ln_cosh(sqrtf(2.0f * half)) : 0.0f;
+        noise[t * e.fine + i - 1] = half < 1e6f ? 2.0f * half : 0.0f;
+    }
 }
 
 /* Pooled keys, values (unless w->vp is NULL) and biases of a block by pairs of pairs, each weighted by the mass that
@@ -3071,10 +3134,13 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
     const float *mean = (const float *)(void *)(base + p->at_query) + head * 2 * d, *variance = mean + d;
     float *pooled_k = (float *)(void *)(base + p->at_pooled_k), *pooled_v = (float *)(void *)(base + p->at_pooled_v);
     float *bias = (float *)(void *)(base + p->at_bias), *spread = NULL, scale = p->desc.scale;
-    int fine = p->desc.mask == PSA_MASK_ERROR ? psa__log2(group) : 0;
+    float one[PSA_MAX_D], group_mass[PSA_MAX_BLOCK_K] = {0}, *share_of = NULL;
+    int errors = p->desc.mask == PSA_MASK_ERROR, level = psa__log2(group);
     psa__weights g;
     memset(&g, 0, sizeof g);
-    if (fine) spread = (float *)(void *)(base + p->at_spread) + (head * p->nk + jk) * psa__spread_size(p);
+    for (int64_t i = 0; i < dv; i++) one[i] = 1.0f;
+    if (errors) spread = (float *)(void *)(base + p->at_spread) + (head * p->nk + jk) * psa__spread_size(p);
+    if (errors) share_of = spread + p->desc.block_k / group * 2 * level;
     for (int64_t i = 0; p->desc.tilt && i < psa__block_k_rows(p, jk); i++) {
         g.mass[i] = scale * (float)PSA__LOG2E * f->dot(mean, w->kp[i], d);
     }
@@ -3087,11 +3153,13 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
             int pair = 2 * t + 1 < finer;
             if (pair) {
                 float apart = f->spread(variance, rows[0], rows[1], d);
-                psa__merge_weights(&g, 2 * t, t, 0.5f * scale * scale * apart, share);
+                float v_apart = errors && values ? f->spread(one, rows_v[0], rows_v[1], dv) : 0.0f;
+                psa__merge_weights(&g, 2 * t, t, 0.5f * scale * scale * apart, v_apart, share);
             } else {
                 g.mass[t] = g.mass[2 * t];
                 g.entropy[t] = g.entropy[2 * t];
                 g.half[t] = g.half[2 * t];
+                g.value[t] = g.value[2 * t];
             }
             f->blend(k, rows[0], share[0], rows[pair], share[1], d);
             if (values) f->blend(v, rows_v[0], share[0], rows_v[pair], share[1], dv);
@@ -3100,12 +3168,11 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
             bias[row + t] = g.entropy[t];
             if (p->desc.tilt) bias[row + t] += (float)PSA__LOG2E * psa__ln_cosh(sqrtf(2.0f * g.half[t]));
         }
-        for (int64_t t = 0; i <= fine && t < psa__ceil_div(psa__block_k_rows(p, jk), group); t++) {
-            int64_t each = group >> i, from = t * each, m = psa__min(each, n - from);
-            float sum = 0;
-            for (int64_t x = from; x < from + m; x++) sum += g.half[x];
-            sum = psa__ln_cosh(sqrtf(2.0f * sum / (float)m));
-            spread[t * fine + i - 1] = sum < 1e6f ? sum : 0.0f;
+        if (!errors) continue;
+        psa__pool_spread(p, &g, i, n, psa__block_k_rows(p, jk), spread);
+        for (int64_t t = 0; i == level && t < n; t++) group_mass[t] = g.mass[t];
+        for (int64_t t = 0; i > level && t < psa__ceil_div(psa__block_k_rows(p, jk), group); t++) {
+            share_of[(i - level - 1) * (p->desc.block_k / group) + t] = exp2f(group_mass[t] - g.mass[t >> (i - level)]);
         }
     }
 }
@@ -3341,18 +3408,39 @@ static int64_t psa__score_visible(const psa__scratch *w, int64_t lanes, const in
     return pairs;
 }
 
+/* Total variance of the values of a KV head: inside the blocks, and of their means. */
+static float psa__value_variance(const psa_plan *p, const char *base, int64_t head)
+{
+    const float *spread = (const float *)(const void *)(base + p->at_spread) + head * p->nk * psa__spread_size(p);
+    const float *mean = (const float *)(const void *)(base + p->at_pooled_v) +
+                        (head * p->pooled_rows + p->level_row[p->n_levels - 1]) * p->Dv;
+    double inside = 0, between = 0, n = (double)p->nk;
+    for (int64_t jk = 0; jk < p->nk; jk++) inside += spread[(jk + 1) * psa__spread_size(p) - 1];
+    for (int64_t x = 0; x < p->Dv; x++) {
+        double sum = 0, square = 0;
+        for (int64_t jk = 0; jk < p->nk; jk++) {
+            sum += mean[jk * p->Dv + x];
+            square += (double)mean[jk * p->Dv + x] * mean[jk * p->Dv + x];
+        }
+        between += square / n - sum / n * (sum / n);
+    }
+    return (float)(inside / n + between);
+}
+
 /* What predicts the errors of block jk from the rows of s, which are as psa__score_keys has laid them out. */
 static psa__errors psa__errors_of(const psa_plan *p, const char *base, int64_t b, int64_t hkv, int64_t jk,
-                                  int64_t padded)
+                                  int64_t padded, const psa__scratch *w)
 {
-    int level = psa__log2(p->desc.score_group[1]);
-    psa__errors e;
-    memset(&e, 0, sizeof e);
-    e.fine = level;
-    e.coarse = p->n_levels - 1 - level;
-    for (int i = 0; i <= e.coarse; i++) e.rows[i] = (int)psa__level_rows(p, jk, level + i);
-    e.spread = (const float *)(const void *)(base + p->at_spread) +
-               ((b * p->Hkv + hkv) * p->nk + jk) * psa__spread_size(p);
+    int64_t block = (b * p->Hkv + hkv) * p->nk + jk, size = psa__spread_size(p);
+    const float *variance = (const float *)(const void *)(base + p->at_spread) + (block + 1) * size - (p->n_levels - 1);
+    psa__errors e = psa__errors_layout(p, (float *)(uintptr_t)(base + p->at_spread) + block * size);
+    float group = (float)p->desc.score_group[1], unit = w->variance > 0 ? 1.0f / w->variance : 0.0f;
+    for (int i = 0; i <= e.coarse; i++) e.rows[i] = (int)psa__level_rows(p, jk, e.fine + i);
+    for (int i = 0; i < e.fine; i++) e.value[i] = variance[i] * unit / group;
+    for (int i = e.fine; i < e.fine + e.coarse; i++) {
+        float more = variance[i] - variance[e.fine - 1];
+        e.value[i] = more > 0 ? more * unit : 0.0f;
+    }
     e.plane = p->nk * padded;
     return e;
 }
@@ -3391,7 +3479,7 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
             int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
             int32_t first[PSA_MAX_BLOCK_K];
             if (p->desc.mask == PSA_MASK_ERROR) {
-                psa__errors e = psa__errors_of(p, base, b, hkv, jk + i, padded);
+                psa__errors e = psa__errors_of(p, base, b, hkv, jk + i, padded, w);
                 p->leaves->block_error(tiles->nv[t], w->s + from * width, &e, w->bm + row, w->bs + row, w->x + row);
                 continue;
             }
@@ -3523,6 +3611,10 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
     mode = p->leaves->denormals_off();
     for (int64_t task = begin; task < end; task++) {
         int64_t iq = task % tasks * together, head = task / tasks;
+        if (p->desc.mask == PSA_MASK_ERROR && p->Dv > 0 && (iq == 0 || task == begin)) {
+            int64_t kv = head / p->Hq * p->Hkv + head % p->Hq / (p->Hq / p->Hkv);
+            w.variance = psa__value_variance(p, psa__align(work), kv);
+        }
         psa__score_rows(p, q, k, psa__align(work), head / p->Hq, head % p->Hq, iq, psa__min(together, p->nq - iq), &w,
                         scores ? scores + (head * p->nq + iq) * p->nk : w.score);
     }
