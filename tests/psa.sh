@@ -269,6 +269,7 @@ echo "# presets"
 for preset in $(psa info | awk 'begun > 1 { print $1 } begun { begun++ } /^presets:/ { begun = 1 }'); do
     check "$preset" attend preset $d64 --preset "$preset" --order none
 done
+check "paper-25" attend preset $d64 --preset paper-25 --order none
 check "paper-25 is what it says" attends_as preset $d64 --level-end .15,.25,.45
 check "paper-25 in its order" attend preset $d64 --preset paper-25 --grid 8,8,8
 check "paper-25 in its order: the same by hand" attends_as preset $d64 --level-end .15,.25,.45 --order gilbert \

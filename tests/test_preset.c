@@ -25,13 +25,14 @@ static const preset_row rows[] = {
     {"qwen2.5-vl", 128, 128, THRESHOLD, {.7, .8, .9, .9}, NONE, 0, 0, {.75, .7, .7}, 0, 1},
     {"default", 128, 64, TOPK, {.1, .15, .15, .35}, NONE, 0, 0, {0, 0, 0}, 0, 0},
     {"paper-25", 128, 64, TOPK, {.15, .25, .45, 0}, GILBERT, 0, .25, {0, 0, 0}, 0, 0},
+    {"recipe", 128, 64, PSA_MASK_ERROR, {.1, .15, .15, .35}, NONE, 0, 0, {0, 0, 0}, 0, 0}, /* the ends go unused */
 };
 
 enum { N_ROWS = sizeof rows / sizeof *rows };
 
 static void check_desc(const preset_row *row, const psa_desc *d) {
     const char *n = row->name;
-    int qwen = row->is_qwen;
+    int qwen = row->is_qwen, recipe = row->mask == PSA_MASK_ERROR;
     double min_full = row->mask == THRESHOLD && !qwen ? .06 : 0; /* rounded: x87 would compare in long double */
     CHECK(d->block_q == row->block_q && d->block_k == row->block_k, "%s: %d/%d", n, d->block_q, d->block_k);
     CHECK((int)d->mask == row->mask, "%s: mask %d", n, (int)d->mask);
@@ -46,7 +47,11 @@ static void check_desc(const preset_row *row, const psa_desc *d) {
     CHECK(d->n_prefix == row->n_text && d->n_suffix == (qwen ? 512 : 0), "%s: protected tokens", n);
     CHECK(d->inclusive == qwen && d->causal == qwen, "%s: inclusive %d, causal %d", n, d->inclusive, d->causal);
     CHECK(d->sink == qwen && d->diagonal == qwen && !d->skip_mean, "%s: sink %d, diagonal %d", n, d->sink, d->diagonal);
-    CHECK(d->score == (qwen ? PSA_SCORE_ANTIDIAGONAL : PSA_SCORE_SAMPLE), "%s: score %d", n, (int)d->score);
+    CHECK(d->score == (qwen ? PSA_SCORE_ANTIDIAGONAL : recipe ? PSA_SCORE_POOLED : PSA_SCORE_SAMPLE), "%s: score %d",
+          n, (int)d->score);
+    CHECK(d->tree == (recipe ? PSA_TREE_QKV : PSA_TREE_NONE) && d->tilt == recipe, "%s: tree %d, tilt %d", n,
+          (int)d->tree, d->tilt);
+    CHECK(d->density == (recipe ? .15 : 0), "%s: density %g", n, d->density);
     CHECK(!qwen || d->stride == 8, "%s: stride %d", n, d->stride);
     CHECK(d->sample_q == .25 && d->sample_k == .25, "%s: samples %g %g", n, d->sample_q, d->sample_k);
     CHECK(!d->score_norm && !d->score_mean, "%s: score_norm %d, score_mean %d", n, d->score_norm, d->score_mean);

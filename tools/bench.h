@@ -102,25 +102,26 @@ static void dense_group(bench *b, int64_t n, int64_t d) {
     end_group(b);
 }
 
-static void call_group(bench *b, int64_t n, int64_t d) {
+/* A call and its stages against dense attention. goals: of all stages before attend, and of the call. */
+static void stages_group(bench *b, int64_t n, int64_t d, const psa_desc *desc, int n_choice, double choice_goal,
+                         double call_goal) {
     int threads = b->crew->n_threads;
-    psa_desc desc = mix_desc(b, &mixes[DEFAULT_MIX], b->density, b->block_k, n);
     bench_input *in = add_input(b, one_type(b), n, n, d);
-    run *stages = add_run(b, in, &desc);
+    run *stages = add_run(b, in, desc);
     const row *most = add_peak(b, in, b->isa, threads);
     row *dense = add_dense(b, in, b->isa, n, threads);
     set_base(dense, most, 0, 0);
     row *choice = add_choice(b, in, stages);
-    for (int i = 0; i < CHOICE_ROWS; i++) { /* all of it for a dense call's worth of work */
+    for (int i = 0; i < n_choice; i++) { /* all of it for a dense call's worth of work */
         choice[i].work = dense->work;
         choice[i].unrated = 1;
         set_base(&choice[i], dense, 1, 0);
     }
-    choice[CHOICE_ROWS - 1].goal = n >= 16384 ? 0.05 : n >= 4096 ? 0.08 : 0;
+    choice[n_choice - 1].goal = choice_goal;
     row *attend = add_attend(b, in, stages);
     attend_against(attend, dense);
-    row *call = add_call(b, in, &desc, n, threads);
-    set_base(call, dense, 0, n >= 16384 && b->density == 0.15 ? 5.5 : 0);
+    row *call = add_call(b, in, desc, n, threads);
+    set_base(call, dense, 0, call_goal);
     call->density = attend->density;
     measure_rows(b);
     if (b->rc == 0) {
@@ -128,6 +129,21 @@ static void call_group(bench *b, int64_t n, int64_t d) {
         difference(dense->out, call->out, in->type, (size_t)(in->heads * n * d), &call->error, &call->largest_error);
     }
     end_group(b);
+}
+
+static void call_group(bench *b, int64_t n, int64_t d) {
+    psa_desc desc = mix_desc(b, &mixes[DEFAULT_MIX], b->density, b->block_k, n);
+    stages_group(b, n, d, &desc, CHOICE_ROWS, n >= 16384 ? 0.05 : n >= 4096 ? 0.08 : 0,
+                 n >= 16384 && b->density == 0.15 ? 5.5 : 0);
+}
+
+static void recipe_group(bench *b, int64_t n, int64_t d) {
+    psa_desc desc;
+    psa_desc_preset("recipe", &desc);
+    desc.block_k = b->block_k;
+    desc.density = b->density;
+    desc.isa = b->isa;
+    stages_group(b, n, d, &desc, RECIPE_ROWS, 0, 0);
 }
 
 static void density_group(bench *b, int64_t n, int64_t d, int block_k) {
@@ -321,6 +337,8 @@ static const topic topics[] = {
     {call_group, &gflops, {4096, 16384}, {64, 128}, 4, 0, 0,
      "dense: speed over the peak's; pool to mask: share of the dense time;\n"
      "attend: time / (density * dense time); whole call: dense time / its time"},
+    {recipe_group, &gflops, {4096, 16384}, {64, 128}, 4, 0, 0,
+     "preset recipe: tree, tilt, levels by predicted error; ratios as for call"},
     {density_groups, &gflops, {4096}, {64, 128}, 4, 0, 0,
      "attention on level maps; time / (density * dense time). The number after the levels is the density"},
     {decode_groups, &gbytes, {131072}, {128}, 8, 0, 0,

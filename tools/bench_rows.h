@@ -260,8 +260,9 @@ static run *add_run(bench *b, const bench_input *in, const psa_desc *desc) {
     b->n_runs++;
     input_tensors(in, in->n_q, in->out[1], t);
     b->rc = run_init(stages, b->o, b->crew, desc, b->crew->n_threads, &t[0], &t[1], &t[2], &t[3]);
-    for (int stage = POOL; stage < ATTEND && b->rc == 0; stage++)
-        b->rc = run_stage(stages, b->o, stage);
+    for (int stage = PREPARE; stage < ATTEND && b->rc == 0; stage++)
+        if (stage_needed(stages, stage))
+            b->rc = run_stage(stages, b->o, stage);
     return stages;
 }
 
@@ -271,18 +272,22 @@ static double measure_stage(bench *b, const row *r) {
 }
 
 static double measure_choice(bench *b, const row *r) {
-    int i = b->repeats;
-    return r[-3].value[i] + r[-2].value[i] + r[-1].value[i];
+    double sum = 0;
+    for (int i = 1; r[-i].run == r->run && r[-i].stage < r->stage && sum >= 0; i++)
+        sum += r[-i].value[b->repeats];
+    return sum;
 }
 
-enum { CHOICE_ROWS = STAGES }; /* pool, score, mask, and their sum */
+enum { CHOICE_ROWS = 4, RECIPE_ROWS = 6 }; /* pool, score, mask; with prepare and budget; and their sum */
 
-/* The stages up to the level map. Their work is what the caller says it is. */
+/* The stages up to the level map, then their sum. Their work is what the caller says it is. */
 static row *add_choice(bench *b, const bench_input *in, run *stages) {
     row *first = &b->rows[b->n_rows];
-    for (int stage = POOL; stage <= ATTEND; stage++) {
+    for (int stage = PREPARE; stage <= ATTEND; stage++) {
+        if (!stage_needed(stages, stage))
+            continue;
         row *r = add_row(b, in, b->crew->n_threads, stage < ATTEND ? measure_stage : measure_choice);
-        name_row(r, "%s", stage < ATTEND ? stage_names[stage] : "pool + score + mask");
+        name_row(r, "%s", stage < ATTEND ? stage_names[stage] : "until the map");
         r->run = stages;
         r->stage = stage;
     }

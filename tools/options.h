@@ -93,9 +93,9 @@ static const char *backend_name(int i) {
     return nth_name(names, 2, i);
 }
 static const char *topic_name(int i) {
-    static const char *const names[] = {"dense",  "call",      "density", "decode",
+    static const char *const names[] = {"dense",  "call",      "recipe",  "density", "decode",
                                         "linear", "head-size", "threads", "memory"};
-    return nth_name(names, 8, i);
+    return nth_name(names, 9, i);
 }
 static const char *isa_name(int i) {
     return i < PSA_ISA_END ? psa_isa_name((psa_isa)i) : NULL;
@@ -195,7 +195,7 @@ static const option option_table[] = {
      LIST(AT(n_tile), 1, INT_MAX, 3, 3)},
     {"--clusters", "N", "order semantic and hybrid: k-means clusters; default 64", CMD_ATTEND, INTEGER, AT(clusters),
      NUMBER(1, INT_MAX)},
-    {"--topic", "NAME,...", "dense, call, density, decode, linear, head-size, threads or memory; default all",
+    {"--topic", "NAME,...", "dense, call, recipe, density, decode, linear, head-size, threads or memory; default all",
      CMD_BENCH, NAME_SET, AT(topics), NAMES(topic_name)},
     {"--n", "N,...", "tokens; default 4096, of some topics others too", CMD_BENCH, INTEGERS, AT(n),
      LIST(AT(n_n), 1, 1 << 24, 1, BENCH_CASES)},
@@ -444,9 +444,10 @@ static int parse_options(options *o, const syntax *s, int argc, char **argv) {
     if (o->preset >= 0) {
         const char *preset = psa_preset_name(o->preset);
         psa_desc_preset(preset, &o->desc);
-        o->order = (int)psa_preset_find(preset)->order;
+        o->order = o->desc.tree ? (int)ORDER_TREE : (int)psa_preset_find(preset)->order;
         parse_arguments(o, argc, argv);
     }
+    o->desc.tree = o->order == ORDER_TREE ? PSA_TREE_QKV : o->order == ORDER_TREE_KV ? PSA_TREE_KV : PSA_TREE_NONE;
     if (o->sample > 0)
         o->desc.sample_q = o->desc.sample_k = o->sample;
     return 0;

@@ -351,8 +351,6 @@ static int make_order(attention *a, int kind, const psa_tensor *x, int32_t **ind
 static int make_orders(attention *a) {
     int kind = a->o.order, hybrid = kind == PSA_ORDER_HYBRID;
     double start = now();
-    if (kind == ORDER_TREE || kind == ORDER_TREE_KV)
-        a->o.desc.tree = kind == ORDER_TREE ? PSA_TREE_QKV : PSA_TREE_KV;
     if (kind == PSA_ORDER_NONE || kind == ORDER_TREE || (kind == ORDER_TREE_KV && !a->o.n_grid))
         return 0;
     if (kind == ORDER_TREE_KV)
@@ -660,7 +658,8 @@ static void print_attention(const attention *a) {
     print_blocks(&a->stats);
     printf("seconds  order %.4f ", a->order_seconds);
     for (int i = 0; i < STAGES; i++)
-        printf(" %s %.4f ", stage_names[i], a->run.seconds[i]);
+        if (stage_needed(&a->run, i))
+            printf(" %s %.4f ", stage_names[i], a->run.seconds[i]);
     printf(" total %.4f\n", psa_seconds(a));
     if (a->o.compare)
         print_compare(a);

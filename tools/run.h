@@ -113,16 +113,24 @@ static int run_stage(run *r, const options *o, int stage) {
     return 0;
 }
 
+/* Whether a stage has anything to do. */
+static int stage_needed(const run *r, int stage) {
+    const psa_desc *d = &r->plan.desc;
+    if (d->mask == PSA_MASK_DENSE)
+        return stage == MASK || stage == ATTEND;
+    if (stage == PREPARE)
+        return d->tree || d->tilt || d->mask == PSA_MASK_ERROR;
+    return stage != BUDGET || d->density > 0;
+}
+
 /* Everything up to the level map, unless the caller brings one, and attention. */
 static int run_attention(run *r, const options *o, int levels_given) {
-    int scored = !levels_given && r->plan.desc.mask != PSA_MASK_DENSE;
-    if (run_stage(r, o, PREPARE) || run_stage(r, o, POOL))
-        return 2;
-    if (scored && (run_stage(r, o, SCORE) || run_stage(r, o, BUDGET)))
-        return 2;
-    if (!levels_given && run_stage(r, o, MASK))
-        return 2;
-    return run_stage(r, o, ATTEND);
+    for (int stage = PREPARE; stage <= ATTEND; stage++) {
+        int choice = stage == SCORE || stage == BUDGET || stage == MASK;
+        if (stage_needed(r, stage) && !(levels_given && choice) && run_stage(r, o, stage))
+            return 2;
+    }
+    return 0;
 }
 
 static double run_seconds(const run *r) {
