@@ -735,9 +735,9 @@ static int score(const options *o, crew *c, run *r, npy *q_file, npy *k_file) {
         return 2;
     if (run_init(r, o, c, &o->desc, tasks(c), &q, &k, NULL, NULL))
         return 2;
-    if (o->desc.score == PSA_SCORE_POOLED && run_stage(r, o, POOL))
-        return 2;
-    if (run_stage(r, o, SCORE))
+    int pooled = r->plan.desc.score == PSA_SCORE_POOLED;
+    if ((pooled && stage_needed(r, PREPARE) && run_stage(r, o, PREPARE)) || (pooled && run_stage(r, o, POOL)) ||
+        run_stage(r, o, SCORE))
         return 2;
     const int64_t shape[] = {r->plan.B, r->plan.Hq, r->plan.nq, r->plan.nk};
     return write_one(o, "<f4", 4, shape, r->scores);
@@ -763,12 +763,15 @@ static int mask_shapes(const options *o, const npy *scores, const int64_t shape[
 static int mask(const options *o, crew *c, run *r, npy *score_file, npy *k_file) {
     int64_t shape[4];
     psa_tensor q, k;
+    if (o->desc.mask == PSA_MASK_ERROR)
+        return fail(o, "--mask error looks at queries and keys, not at scores: psa attend --save-levels");
     if (check_out(o) || read_array(o, "--scores", o->scores, 4, score_file, shape) ||
         mask_shapes(o, score_file, shape, k_file, &q, &k) ||
         run_init(r, o, c, &o->desc, c->n_threads, &q, &k, NULL, NULL) || check_map(o, o->scores, shape, &r->plan))
         return 2;
     memcpy(r->scores, score_file->data, score_file->count * sizeof *r->scores);
-    if ((o->desc.n_sim_min && run_stage(r, o, POOL)) || run_stage(r, o, MASK))
+    if ((o->desc.n_sim_min && run_stage(r, o, POOL)) || (stage_needed(r, BUDGET) && run_stage(r, o, BUDGET)) ||
+        run_stage(r, o, MASK))
         return 2;
     return write_one(o, "|u1", 4, shape, r->levels);
 }
