@@ -899,8 +899,8 @@ typedef struct psa__leaves {
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
-    /* Trees: s[i] = u . row i, for row pointers as in a tile (s has room for the padding); dst = sum of s[i] * row i;
-     * below[i] = whether s[i] is among the k smallest of n, ties by index. */
+    /* Trees: s[i] = u . row i, for row pointers as in a tile (s has room for the padding), or with u NULL row i . row i;
+     * dst = sum of s[i] * row i; below[i] = whether s[i] is among the k smallest of n, ties by index. */
     void (*project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d, float *s);
     void (*combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst);
     void (*smallest)(const float *s, int64_t n, int64_t k, uint8_t *below);
@@ -1539,24 +1539,30 @@ PSA__ALWAYS_INLINE void PSA__(prefetch)(const float *row, size_t ahead, int64_t 
     for (int64_t at = 0; at < size; at += 64) PSA__PREFETCH((const char *)((uintptr_t)row + ahead + (uintptr_t)at));
 }
 
-/* q . k of W keys */
-PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(single_dots)(psa_type type, const float *q, const float *const *k,
-                                                         int64_t d)
+/* q . k of W keys; square: k . k */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(single_dots)(psa_type type, int square, const float *q,
+                                                         const float *const *k, int64_t d)
 {
     PSA__V acc[PSA__W];
     float rest[PSA__W];
     int64_t x = 0;
     PSA__UNROLL for (int i = 0; i < PSA__W; i++) acc[i] = PSA__(splat)(0.0f);
     for (; x + PSA__W <= d; x += PSA__W) {
-        const PSA__V qx = PSA__(load)(q + x);
-        PSA__UNROLL for (int i = 0; i < PSA__W; i++) acc[i] = PSA__(fma)(PSA__(load_as)(type, k[i], x), qx, acc[i]);
+        const PSA__V qx = square ? acc[0] : PSA__(load)(q + x);
+        PSA__UNROLL for (int i = 0; i < PSA__W; i++) {
+            const PSA__V kx = PSA__(load_as)(type, k[i], x);
+            acc[i] = PSA__(fma)(kx, square ? kx : qx, acc[i]);
+        }
     }
     PSA__(transpose)(acc);
     PSA__UNROLL for (int i = 1; i < PSA__W; i++) acc[0] = PSA__(add)(acc[0], acc[i]);
     if (x == d) return acc[0];
     for (int i = 0; i < PSA__W; i++) {
         rest[i] = 0.0f;
-        for (int64_t y = x; y < d; y++) rest[i] += q[y] * psa__element(type, k[i], y);
+        for (int64_t y = x; y < d; y++) {
+            float element = psa__element(type, k[i], y);
+            rest[i] += (square ? element : q[y]) * element;
+        }
     }
     return PSA__(add)(acc[0], PSA__(load)(rest));
 }
@@ -1567,7 +1573,7 @@ PSA__ALWAYS_INLINE PSA__TARGET float PSA__(single_logits)(psa_type type, const p
     PSA__V most = PSA__(splat)(-INFINITY);
     float lane[PSA__W], top = -INFINITY;
     for (int64_t key = 0; key < x->n; key += PSA__W) {
-        PSA__V logits = PSA__(single_dots)(type, x->q, x->k + key, x->d);
+        PSA__V logits = PSA__(single_dots)(type, 0, x->q, x->k + key, x->d);
         PSA__(store)(x->s + key, x->bias ? PSA__(add)(logits, PSA__(load)(x->bias + key)) : logits);
         for (int i = 0; i < PSA__W && x->ahead_k; i++) {
             PSA__(prefetch)(x->k[key + i], x->ahead_k, x->d * (type == PSA_F32 ? 4 : 2));
@@ -1643,16 +1649,23 @@ static PSA__TARGET void PSA__(single)(const psa__single *x)
     }
 }
 
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(project_as)(psa_type type, int square, const float *u,
+                                                      const float *const *rows, int64_t n, int64_t d, float *s)
+{
+    for (int64_t i = 0; i < n; i += PSA__W) {
+        PSA__(store)(s + i, PSA__(single_dots)(type, square, u, rows + i, d));
+    }
+}
+
 static PSA__TARGET void PSA__(project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d,
                                        float *s)
 {
-    for (int64_t i = 0; i < n; i += PSA__W) {
-        switch (type) {
-        case PSA_F16: PSA__(store)(s + i, PSA__(single_dots)(PSA_F16, u, rows + i, d)); break;
-        case PSA_BF16: PSA__(store)(s + i, PSA__(single_dots)(PSA_BF16, u, rows + i, d)); break;
-        default: PSA__(store)(s + i, PSA__(single_dots)(PSA_F32, u, rows + i, d)); break;
-        }
-    }
+    if (!u && type == PSA_F16) PSA__(project_as)(PSA_F16, 1, NULL, rows, n, d, s);
+    else if (!u && type == PSA_BF16) PSA__(project_as)(PSA_BF16, 1, NULL, rows, n, d, s);
+    else if (!u) PSA__(project_as)(PSA_F32, 1, NULL, rows, n, d, s);
+    else if (type == PSA_F16) PSA__(project_as)(PSA_F16, 0, u, rows, n, d, s);
+    else if (type == PSA_BF16) PSA__(project_as)(PSA_BF16, 0, u, rows, n, d, s);
+    else PSA__(project_as)(PSA_F32, 0, u, rows, n, d, s);
 }
 
 /* cols vectors of dst from element `at` on */
@@ -1724,13 +1737,16 @@ static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, ui
             low = s[i] < low ? s[i] : low;
             high = s[i] > high ? s[i] : high;
         }
-        while (count != k) { /* `count`, fewer than k, are below low; high is below no more than n - k */
-            float middle = low + 0.5f * (high - low);
+        for (int64_t round = 0, above = n; count != k; round++) { /* count are below low, `above` below high or at it */
+            float share = round % 3 == 2 ? 0.5f : ((float)(k - count) + 0.5f) / (float)(above - count + 1);
+            float middle = low + share * (high - low);
             int64_t there;
+            if (!(middle > low && middle < high)) middle = low + 0.5f * (high - low);
             if (!(middle > low && middle < high)) break;
             there = PSA__(count_below)(s, n, middle);
             if (there > k) {
                 high = middle;
+                above = there;
             } else {
                 low = middle;
                 count = there;
@@ -2708,27 +2724,36 @@ static int64_t psa__n_whole(const psa_plan *p, int64_t iq)
 
 /* ---- the queries of a KV head: mean and variance ---- */
 
-/* The f32 row of a token, or NULL if it holds NaN or Inf (or is too long for its square). */
-static const float *psa__finite_row(const psa_plan *p, const psa_tensor *t, const char *row, float *space)
+/* The n rows of a head from token i on: w->kp, as they are; finite[i] whether a row is without NaN and Inf (and not too
+ * long for its square). n: at most PSA_MAX_BLOCK_K. */
+static void psa__finite_rows(const psa_plan *p, const psa_tensor *t, const char *head, int64_t i, int64_t n,
+                             psa__scratch *w, uint8_t *finite)
 {
-    const float *x = psa__row_f32(p, t, row, space);
-    return psa__finite(p->leaves->dot(x, x, t->ne[0])) ? x : NULL;
+    float square[PSA_MAX_BLOCK_K + PSA__PAD_K];
+    for (int64_t x = 0; x < n + PSA__PAD_K; x++) {
+        w->kp[x] = (const float *)(const void *)(head + (size_t)(i + psa__min(x, n - 1)) * t->nb[1]);
+    }
+    p->leaves->project(t->type, NULL, w->kp, n, t->ne[0], square);
+    for (int64_t x = 0; x < n; x++) finite[x] = (uint8_t)psa__finite(square[x]);
 }
 
 /* moment[2][D]: mean and variance of every element of the queries that read a KV head. */
 static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int64_t hkv, psa__scratch *w, float *moment)
 {
-    enum { AT_ONCE = 256 }; /* rows summed in single precision */
     double sum[PSA_MAX_D] = {0}, square[PSA_MAX_D] = {0}, n = 0;
     float some[2][PSA_MAX_D];
-    int64_t group = p->Hq / p->Hkv, rows = group * p->Nq;
-    for (int64_t begin = 0; begin < rows; begin += AT_ONCE) {
+    uint8_t finite[PSA_MAX_BLOCK_K];
+    int64_t group = p->Hq / p->Hkv;
+    int64_t pieces = psa__ceil_div(p->Nq, PSA_MAX_BLOCK_K); /* so many rows are summed in single precision */
+    for (int64_t task = 0; task < group * pieces; task++) {
+        int64_t i = task % pieces * PSA_MAX_BLOCK_K, m = psa__min(PSA_MAX_BLOCK_K, p->Nq - i);
+        const char *head = (const char *)q + psa__offset(&p->q, b, hkv * group + task / pieces, 0);
+        psa__finite_rows(p, &p->q, head, i, m, w, finite);
         memset(some, 0, sizeof some);
-        for (int64_t i = begin; i < psa__min(begin + AT_ONCE, rows); i++) {
-            const char *row = (const char *)q + psa__offset(&p->q, b, hkv * group + i / p->Nq, i % p->Nq);
-            const float *x = psa__finite_row(p, &p->q, row, w->k);
-            if (!x) continue;
-            p->leaves->moments(some[0], some[1], x, p->D);
+        for (int64_t x = 0; x < m; x++) {
+            if (!finite[x]) continue;
+            p->leaves->moments(some[0], some[1], psa__row_f32(p, &p->q, (const char *)(const void *)w->kp[x], w->k),
+                               p->D);
             n++;
         }
         for (int64_t j = 0; j < p->D; j++) sum[j] += some[0][j], square[j] += some[1][j];
@@ -2750,17 +2775,16 @@ typedef struct psa__tree {
     int32_t *index;        /* its order */
 } psa__tree;
 
-/* Rows that are not one after the other: `n` of the order from begin on, `step` apart, as f32 in w->node. */
+/* n of the `size` tokens at positions begin, begin + 1, ..., evenly spread: w->node_row, f32. */
 static void psa__tree_gather(psa__tree *t, int64_t begin, int64_t size, int64_t n)
 {
     psa__scratch *w = t->w;
     int64_t d = t->t->ne[0];
     for (int64_t i = 0; i < n; i++) {
         const char *row = t->head + (size_t)t->index[begin + i * size / n] * t->t->nb[1];
-        t->p->leaves->to_f32(w->node + i * d, row, t->t->type, d);
-        w->node_row[i] = w->node + i * d;
+        w->node_row[i] = psa__row_f32(t->p, t->t, row, w->node + i * d);
     }
-    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->node_row[i] = w->node;
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->node_row[i] = w->node_row[0];
 }
 
 /* w->metric = E[x x^T] over a sample of the rows of n_heads heads from h on, less their mean if centred; w->root its
@@ -2890,7 +2914,7 @@ static void psa__tree_small(psa__tree *t, int64_t begin, int64_t end, const floa
     psa__tree_small(t, cut, end, rows + (cut - begin));
 }
 
-/* Rows y of w->node become L^T y. */
+/* The n rows y of w->node_row become L^T y, in w->node. */
 static void psa__tree_map(psa__tree *t, int64_t n)
 {
     const psa__leaves *f = t->p->leaves;
@@ -2899,6 +2923,10 @@ static void psa__tree_map(psa__tree *t, int64_t n)
     int nv = (int)(lanes / f->lanes);
     float one[64];
     for (int i = 0; i < 64; i++) one[i] = 1.0f;
+    for (int64_t i = 0; i < n; i++) {
+        if (w->node_row[i] != w->node + i * d) memcpy(w->node + i * d, w->node_row[i], (size_t)d * sizeof(float));
+        w->node_row[i] = w->node + i * d;
+    }
     for (int64_t i = 0; i < n; i += lanes) { /* w->node has room for whole tiles */
         f->pack(nv, w->qt, w->node + i * d, d, 1.0f);
         memset(w->ot, 0, (size_t)(lanes * d) * sizeof(float));
@@ -2943,12 +2971,11 @@ static void psa__tree_head(psa__tree *t)
     const psa_desc *d = &t->p->desc;
     int64_t n = t->t->ne[1], first = psa__min(d->n_prefix, n), end = psa__max(n - d->n_suffix, first);
     for (int64_t i = 0; i < n; i++) t->index[i] = (int32_t)i;
-    for (int64_t i = first; i < end; i++) {
-        t->w->left[i - first] = psa__finite_row(t->p, t->t, t->head + (size_t)i * t->t->nb[1], t->w->k) != NULL;
+    for (int64_t i = first; i < end; i += PSA_MAX_BLOCK_K) {
+        psa__finite_rows(t->p, t->t, t->head, i, psa__min(PSA_MAX_BLOCK_K, end - i), t->w, t->w->left + (i - first));
     }
     psa__tree_part(t, t->index + first, end - first);
-    for (int64_t i = first; i < end; i++) n -= !t->w->left[i - first];
-    end -= t->t->ne[1] - n;
+    for (int64_t i = first, size = end - first; i < first + size; i++) end -= !t->w->left[i - first];
     if (end > first) psa__tree_large(t, first, end);
 }
 
