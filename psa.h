@@ -5038,6 +5038,7 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
         c.scores = own_scores = (float *)alloc_fn(desc->alloc_user, psa_map_size(&plan) * sizeof(float));
     }
     if (!c.work || (!c.levels && !dense) || (!c.scores && budget && !given && plan.desc.mask != PSA_MASK_ERROR)) {
+        if (own_scores) free_fn(desc->alloc_user, own_scores);
         if (own_levels) free_fn(desc->alloc_user, own_levels);
         if (c.work) free_fn(desc->alloc_user, c.work);
         return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace",
