@@ -130,6 +130,37 @@ static void errors_shapes(void) {
     REFUSED(PSA_ERR_STRIDE, c.out.nb[2] = c.out.nb[1] * 39);
 }
 
+/* Trees, tilt, mask ERROR and density. */
+static void errors_recipe(void) {
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = (psa_tree_kind)3);
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = (psa_tree_kind)-1);
+    REFUSED(PSA_ERR_ORDER, c.desc.metric = (psa_metric_kind)2);
+    REFUSED(PSA_ERR_ORDER, c.desc.metric = (psa_metric_kind)-1);
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = PSA_TREE_KV; c.desc.causal = 1);
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = PSA_TREE_QKV; c.desc.causal = 1);
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = PSA_TREE_KV; c.desc.order_k.index = c.order);
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = PSA_TREE_QKV; c.desc.order_k.index = c.order);
+    REFUSED(PSA_ERR_ORDER, c.desc.tree = PSA_TREE_QKV; c.desc.order_q.index = c.order);
+    REFUSED(PSA_ERR_MASK, c.desc.tilt = 1; c.desc.causal = 1);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_ERROR; c.desc.causal = 1);
+    REFUSED(PSA_ERR_MASK, c.desc.density = -.1);
+    REFUSED(PSA_ERR_MASK, c.desc.density = 1.01);
+    REFUSED(PSA_ERR_MASK, c.desc.density = NAN);
+    REFUSED(PSA_ERR_MASK, c.desc.density = .2; c.desc.level_count[0] = 1);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_ERROR; c.desc.level_count[0] = 1);
+    REFUSED(PSA_ERR_MASK, c.desc.lambda = .1);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_THRESHOLD; c.desc.lambda = .1);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_ERROR; c.desc.lambda = .1; c.desc.density = .2);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_ERROR; c.desc.lambda = -.1);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_ERROR; c.desc.lambda = NAN);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_ERROR; c.desc.lambda = INFINITY);
+    REFUSED(PSA_ERR_SCORE, c.desc.mask = PSA_MASK_ERROR; c.desc.score = PSA_SCORE_EXACT);
+    REFUSED(PSA_ERR_SCORE, c.desc.mask = PSA_MASK_ERROR; c.desc.score = PSA_SCORE_ANTIDIAGONAL);
+    REFUSED(PSA_ERR_SCORE, c.desc.mask = PSA_MASK_ERROR; c.desc.score_group[1] = 1);
+    REFUSED(PSA_ERR_SCORE, c.desc.mask = PSA_MASK_ERROR; c.desc.score_group[0] = 3);
+    REFUSED(PSA_ERR_SCORE, c.desc.mask = PSA_MASK_ERROR; c.desc.score_group[1] = 32);
+}
+
 static void errors_desc(void) {
     REFUSED(PSA_ERR_BLOCK, c.desc.block_q = 15);
     REFUSED(PSA_ERR_BLOCK, c.desc.block_q = 257);
@@ -150,7 +181,7 @@ static void errors_desc(void) {
     REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_POOLED; c.desc.score_group[1] = 128);
     REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_POOLED; c.desc.score_group[1] = -1);
     REFUSED(PSA_ERR_SCORE, c.desc.score = PSA_SCORE_ANTIDIAGONAL; c.desc.block_q = 20);
-    REFUSED(PSA_ERR_MASK, c.desc.mask = (psa_mask_kind)3);
+    REFUSED(PSA_ERR_MASK, c.desc.mask = (psa_mask_kind)4);
     REFUSED(PSA_ERR_MASK, c.desc.mask = (psa_mask_kind)-1);
     REFUSED(PSA_ERR_MASK, c.desc.mask = PSA_MASK_THRESHOLD; c.desc.level_count[1] = 2);
     REFUSED(PSA_ERR_LEVELS, c.desc.level_end[0] = .5; c.desc.level_end[1] = .4);
@@ -314,6 +345,55 @@ static void errors_null_stages(void) {
     call_free(&c);
 }
 
+/* The stages and results of the recipe: what may be NULL and what not. */
+static void errors_null_recipe(void) {
+    call c;
+    psa_plan plan, plain, dense;
+    double error = -1;
+    call_init(&c);
+    CHECK_RESULT(psa_plan_init(&plain, &c.desc, &c.q, &c.k, &c.v, &c.out), PSA_OK);
+    c.desc.mask = PSA_MASK_DENSE;
+    CHECK_RESULT(psa_plan_init(&dense, &c.desc, &c.q, &c.k, &c.v, &c.out), PSA_OK);
+    c.desc.mask = PSA_MASK_TOPK, c.desc.density = .2, c.desc.tree = PSA_TREE_KV;
+    CHECK_RESULT(psa_plan_init(&plan, &c.desc, &c.q, &c.k, &c.v, &c.out), PSA_OK);
+    void *work = xmalloc(psa_work_size(&plan) + psa_work_size(&plain));
+    float *scores = (float *)xmalloc(psa_map_size(&plan) * sizeof *scores);
+    uint8_t *levels = (uint8_t *)xmalloc(psa_map_size(&plan));
+    memset(levels, 1, psa_map_size(&plan));
+    FAILS(psa_prepare(NULL, c.q.data, c.k.data, work, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_prepare(&plan, NULL, c.k.data, work, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_prepare(&plan, c.q.data, NULL, work, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_prepare(&plan, c.q.data, c.k.data, NULL, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_prepare(&plan, c.q.data, c.k.data, work, 3, 3), PSA_ERR_THREADS);
+    FAILS(psa_budget(NULL, scores, work, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_budget(&plan, NULL, work, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_budget(&plan, scores, NULL, 0, 1), PSA_ERR_NULL);
+    FAILS(psa_budget(&plan, scores, work, 0, 4), PSA_ERR_THREADS);
+    CHECK_RESULT(psa_budget(&plain, NULL, work, 0, 1), PSA_OK); /* nothing to meet */
+    CHECK_RESULT(psa_budget(&dense, NULL, work, 0, 1), PSA_OK);
+    CHECK_RESULT(psa_prepare(&plan, c.q.data, c.k.data, work, 0, 1), PSA_OK);
+    CHECK(psa_tree_order(&plan, work, 1, 0, 1) != NULL, "no order of the keys");
+    CHECK(!psa_tree_order(&plan, work, 0, 0, 0), "tree KV orders queries");
+    CHECK(!psa_tree_order(NULL, work, 1, 0, 0) && !psa_tree_order(&plan, NULL, 1, 0, 0), "an order from nowhere");
+    CHECK(!psa_tree_order(&plan, work, 1, 0, 2) && !psa_tree_order(&plan, work, 1, 1, 0), "KV head 2, batch 1");
+    CHECK(!psa_tree_order(&plan, work, 1, -1, 0) && !psa_tree_order(&plan, work, 1, 0, -1), "negative");
+    CHECK(!psa_tree_order(&plain, work, 1, 0, 0), "an order without a tree");
+    FAILS(psa_predicted_error(&plan, work, levels, 0, 0, &error), PSA_ERR_MASK);
+    c.desc.mask = PSA_MASK_ERROR;
+    if (CHECK_RESULT(psa_plan_init(&plan, &c.desc, &c.q, &c.k, &c.v, &c.out), PSA_OK)) {
+        FAILS(psa_predicted_error(NULL, work, levels, 0, 0, &error), PSA_ERR_NULL);
+        FAILS(psa_predicted_error(&plan, NULL, levels, 0, 0, &error), PSA_ERR_NULL);
+        FAILS(psa_predicted_error(&plan, work, NULL, 0, 0, &error), PSA_ERR_NULL);
+        FAILS(psa_predicted_error(&plan, work, levels, 0, 0, NULL), PSA_ERR_NULL);
+        FAILS(psa_predicted_error(&plan, work, levels, 1, 0, &error), PSA_ERR_SHAPE);
+        FAILS(psa_predicted_error(&plan, work, levels, 0, 4, &error), PSA_ERR_SHAPE);
+        FAILS(psa_predicted_error(&plan, work, levels, -2, 0, &error), PSA_ERR_SHAPE);
+    }
+    CHECK(error == -1, "the error was written");
+    free(work), free(scores), free(levels);
+    call_free(&c);
+}
+
 static void errors_threads(void) {
     static const int bad[][2] = {{-1, 2}, {2, 2}, {0, 0}, {0, 4}, {0, -1}, {3, 2}};
     setup s;
@@ -420,6 +500,11 @@ static void errors_memory(void) {
         psa_desc desc = desc_random_blocks(&x);
         desc.score = (psa_score_kind)(r % 4), desc.block_q = 16 * rnd_int(1, 4);
         desc.mask = (psa_mask_kind)rnd_int(0, 2);
+        if (r % 3 == 0 && !desc.causal) {
+            desc.tree = (psa_tree_kind)rnd_int(0, 2), desc.tilt = rnd_chance(50), desc.density = .3;
+            if (rnd_chance(50))
+                desc.mask = PSA_MASK_ERROR, desc.score = PSA_SCORE_POOLED;
+        }
         desc.n_threads = rnd_int(1, 3);
         if (!setup_init(&s, &desc, &x))
             continue;
@@ -553,8 +638,8 @@ static void errors_every_code(void) {
         PSA_RESULTS(NAME)
 #undef NAME
     };
-    errors_accepted(), errors_shapes(), errors_desc(), errors_overflow(), errors_null(), errors_threads(),
-        errors_level_map();
+    errors_accepted(), errors_shapes(), errors_desc(), errors_recipe(), errors_overflow(), errors_null();
+    errors_threads(), errors_level_map();
     errors_memory(), errors_orders(), errors_names();
     for (int i = 1; i < PSA_ERR_CUDA_DEVICE; i++) /* from there on they are psa_cuda.cu's */
         CHECK(reached[i], "%s was never returned", names[i]);
@@ -564,10 +649,12 @@ const test_case tests_errors[] = {
     {"errors/accepted", errors_accepted},
     {"errors/shapes", errors_shapes},
     {"errors/desc", errors_desc},
+    {"errors/recipe", errors_recipe},
     {"errors/overflow", errors_overflow},
     {"errors/large_extents", errors_large_extents},
     {"errors/null", errors_null},
     {"errors/null_stages", errors_null_stages},
+    {"errors/null_recipe", errors_null_recipe},
     {"errors/threads", errors_threads},
     {"errors/level_map", errors_level_map},
     {"errors/memory", errors_memory},
