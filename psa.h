@@ -1718,7 +1718,7 @@ static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, ui
     int64_t count = 0;
     if (n <= FEW) {
         for (int64_t i = 0, j; i < n; i++) {
-            for (j = i; j > 0 && sorted[j - 1] > s[i]; j--) sorted[j] = sorted[j - 1];
+            for (j = i; j > 0 && !(sorted[j - 1] <= s[i]); j--) sorted[j] = sorted[j - 1];
             sorted[j] = s[i];
         }
         low = high = sorted[k - 1];
@@ -1757,7 +1757,7 @@ static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, ui
     for (int64_t i = 0; i < n; i++) count += below[i] = s[i] < low;
     for (float tie = low; count < k; tie = tie < high ? high : INFINITY) {
         for (int64_t i = 0; i < n && count < k; i++) {
-            if (!below[i] && s[i] <= tie) count += below[i] = 1;
+            if (!below[i] && !(s[i] > tie)) count += below[i] = 1; /* NaN too: it ends */
         }
     }
 }
