@@ -20,7 +20,7 @@ typedef struct test_case {
 } test_case;
 
 extern const test_case tests_oracle[], tests_golden[], tests_attend[], tests_score[], tests_mask[], tests_order[];
-extern const test_case tests_convert[], tests_errors[], tests_threads[], tests_preset[];
+extern const test_case tests_convert[], tests_errors[], tests_threads[], tests_preset[], tests_leaves[];
 
 typedef struct test_options {
     int quick;        /* a tenth of the random rounds */
