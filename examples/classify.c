@@ -27,6 +27,9 @@
 #include "evaluate.h"
 
 #include <dirent.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <strings.h>
 #include <sys/stat.h>
 
@@ -201,17 +204,26 @@ static void choose_blas_kernels(char **argv) {
     if (setenv("OPENBLAS_CORETYPE", kernels, 1) == 0) execv("/proc/self/exe", argv);
 }
 
+/* What is freed goes back to the system. By itself glibc keeps pieces up to the size of the largest one ever freed. */
+static void return_memory(void) {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 1 << 18);
+#endif
+}
+
 int main(int argc, char **argv) {
     static job j;
     int rc = read_arguments(&j.in, argc, argv);
     if (rc == 0 && j.in.psa.help) print_help();
     if (rc != 0 || j.in.psa.help) return rc;
     choose_blas_kernels(argv);
+    return_memory();
     job_open(&j);
     if (j.in.eval) {
         rc = evaluate(&j);
     } else {
         run_inputs(&j);
+        encoder_free(&j.encoder); /* pictures need room too */
         write_files(&j);
         if (j.in.psa.json)
             print_json(&j);

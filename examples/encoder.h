@@ -23,7 +23,7 @@ typedef struct trace {
     int layers, heads, pooler; /* pooler: the last so many layers */
     int64_t n, nq, nk;         /* tokens, query blocks, KV blocks */
     int block_q, block_k, grid[3];
-    const int32_t *order;      /* [n]: the token in row i of the attention; NULL: token i */
+    int32_t *order;            /* [n]: the token in row i of the attention; NULL: token i */
     uint8_t *levels;           /* [layers][heads][nq][nk] */
     double *density;           /* [layers][heads] */
 } trace;
@@ -34,7 +34,7 @@ static const char *const part_names[PARTS] = {"embed", "attention", "linear", "h
 /* Memory that psa_attention asks for in every layer. */
 typedef struct slot {
     void *memory;
-    size_t size;
+    size_t size;            /* the most that was asked for */
     int taken;
 } slot;
 
@@ -131,6 +131,7 @@ static linear ready(encoder *e, const linear *l) {
         crew_run(e->crew, e->crew->n_threads, widen_task, &w);
         complete.w[i] = w.to;
         e->widened_used += (size_t)w.n;
+        checkpoint_release(&e->m->weights);
     }
     e->seconds[LINEAR] += now() - start;
     return complete;
@@ -241,17 +242,22 @@ static size_t widened_most(const model *m) {
     return max_size(most, narrow_floats(&x->fc1) + narrow_floats(&x->fc2));
 }
 
+static void slot_free(slot *s) {
+    free(s->memory);
+    s->memory = NULL;
+}
+
 /* psa_attention's allocator: every layer gets the memory of the layer before. */
 static void *slot_take(void *user, size_t size) {
     encoder *e = user;
     slot *s = e->slots[0].taken ? &e->slots[1] : &e->slots[0];
     if (s->taken) return NULL;
     if (s->size < size) {
-        free(s->memory);
+        slot_free(s);
         e->bytes += size - s->size;
-        s->memory = malloc(size);
-        s->size = s->memory ? size : 0;
+        s->size = size;
     }
+    if (!s->memory) s->memory = malloc(s->size);
     s->taken = s->memory != NULL;
     return s->memory;
 }
@@ -271,8 +277,7 @@ static void encoder_free(encoder *e) {
     free(e->cos);
     free(e->sin);
     free(e->gilbert);
-    free(e->slots[0].memory);
-    free(e->slots[1].memory);
+    for (int i = 0; i < 2; i++) slot_free(&e->slots[i]);
     memset(e, 0, sizeof *e);
 }
 
@@ -445,12 +450,16 @@ static void trace_open(trace *t, const encoder *e, const psa_plan *p) {
     t->block_q = p->desc.block_q;
     t->block_k = p->desc.block_k;
     memcpy(t->grid, e->grid, sizeof t->grid);
-    t->order = e->desc.order_k.index;
+    if (e->desc.order_k.index) {
+        t->order = alloc((size_t)t->n, sizeof *t->order);
+        memcpy(t->order, e->gilbert, (size_t)t->n * sizeof *t->order);
+    }
     t->levels = alloc((size_t)t->layers * (size_t)t->heads, (size_t)(t->nq * t->nk));
     t->density = alloc((size_t)t->layers * (size_t)t->heads, sizeof *t->density);
 }
 
 static void trace_free(trace *t) {
+    free(t->order);
     free(t->levels);
     free(t->density);
     memset(t, 0, sizeof *t);
@@ -628,6 +637,7 @@ static void encoder_run(encoder *e, const psa_desc *desc, psa_order_kind order, 
     linear_apply(&classifier, f, 1, logits);
     e->widened_used = 0;
     e->seconds[HEAD] = now() - start - (e->seconds[ATTENTION] + e->seconds[LINEAR] - other);
+    for (int i = 0; i < 2; i++) slot_free(&e->slots[i]); /* the next clip's frames are read meanwhile */
     free(f);
 }
 

@@ -38,6 +38,7 @@ typedef struct job {
     size_t n_results;
     clip clip;              /* the last one of a video */
     trace trace;            /* with --png, of the last clip */
+    size_t activations;     /* bytes: the most that a clip took, its pixels among them */
 } job;
 
 /* Room for one more item after n, doubled when n is a power of two. */
@@ -122,6 +123,8 @@ static void run_clip(job *j, const clip *c, result *r) {
     memcpy(r->grid, j->encoder.grid, sizeof r->grid);
     run_model(j, r->name, j->in.dense ? &dense : &j->in.psa.desc, c->pixels, j->in.png ? &j->trace : NULL, &r->main);
     if (j->in.psa.compare) run_model(j, r->name, &dense, c->pixels, NULL, &r->dense);
+    size_t pixels = 3 * (size_t)c->frames * (size_t)c->height * (size_t)c->width;
+    j->activations = max_size(j->activations, j->encoder.bytes + pixels * sizeof *c->pixels);
 }
 
 /* What reports call the outcome that was asked for. */

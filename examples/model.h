@@ -284,6 +284,7 @@ static void model_load(model *m, const char *dir) {
     else
         load_videomae(m, c, json, path);
     m->classifier = load_linear(c, "", "classifier", m->n_labels, m->C);
+    checkpoint_release(c);
     cJSON_Delete(json);
     free(path);
 }

@@ -11,12 +11,6 @@ static double peak_memory(void) {
     return 1024.0 * (double)usage.ru_maxrss;
 }
 
-/* The most that a clip took, its pixels among them. */
-static double activation_bytes(const job *j) {
-    const clip *c = &j->clip;
-    return (double)j->encoder.bytes + 3.0 * sizeof *c->pixels * c->frames * c->height * c->width;
-}
-
 /* ---- text ------------------------------------------------------------------------------------------------------- */
 
 static void print_header(const job *j) {
@@ -76,7 +70,7 @@ static void print_text(const job *j) {
     if (j->in.psa.compare && j->n_results > 1)
         printf("\ntop-1 agrees on %d of %zu inputs\n", count_agreeing(j), j->n_results);
     printf("\nmemory: %.1f MB at most; weights %.1f MB, activations %.1f MB\n", 1e-6 * peak_memory(),
-           1e-6 * (double)checkpoint_bytes(&j->m.weights), 1e-6 * activation_bytes(j));
+           1e-6 * (double)checkpoint_bytes(&j->m.weights), 1e-6 * (double)j->activations);
 }
 
 /* ---- JSON ------------------------------------------------------------------------------------------------------- */
@@ -128,7 +122,7 @@ static void json_memory(cJSON *parent, const job *j) {
     cJSON *object = cJSON_AddObjectToObject(parent, "memory");
     cJSON_AddNumberToObject(object, "peak_bytes", peak_memory());
     cJSON_AddNumberToObject(object, "weights_bytes", (double)checkpoint_bytes(&j->m.weights));
-    cJSON_AddNumberToObject(object, "activations_bytes", activation_bytes(j));
+    cJSON_AddNumberToObject(object, "activations_bytes", (double)j->activations);
 }
 
 static void print_json(const job *j) {
@@ -209,7 +203,7 @@ static void write_pictures(const job *j) {
     choose_query(j, query);
     snprintf(title, sizeof title, "%s: %s", r->name, j->m.labels[r->main.top[0]]);
     snprintf(lines[0], sizeof lines[0], "%d x %d x %d = %lld tokens, density %.3f", r->grid[0], r->grid[1], r->grid[2],
-             (long long)j->encoder.n, r->main.density);
+             (long long)j->trace.n, r->main.density);
     snprintf(lines[1], sizeof lines[1], "attention %.1f ms, all %.1f ms, %d threads", 1e3 * r->main.parts[ATTENTION],
              1e3 * r->main.seconds, j->crew.n_threads);
     if (j->in.psa.compare)

@@ -46,6 +46,7 @@ typedef struct checkpoint {
 
 static void checkpoint_open(checkpoint *c, const char *dir);
 static void checkpoint_close(checkpoint *c);
+static void checkpoint_release(const checkpoint *c);  /* gives back memory: what is read again is mapped again */
 static int64_t checkpoint_bytes(const checkpoint *c); /* of all tensors together */
 static const tensor_info *checkpoint_find(const checkpoint *c, const char *name); /* NULL if there is none */
 
@@ -256,6 +257,10 @@ static void checkpoint_close(checkpoint *c) {
     free(c->tensors);
     free(c->shards);
     free(c->dir);
+}
+
+static void checkpoint_release(const checkpoint *c) {
+    for (size_t i = 0; i < c->n_shards; i++) madvise(c->shards[i].bytes, (size_t)c->shards[i].size, MADV_DONTNEED);
 }
 
 static int64_t checkpoint_bytes(const checkpoint *c) {

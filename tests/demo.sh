@@ -102,6 +102,20 @@ if command -v ffmpeg >/dev/null; then
     done
 fi
 
+echo "# memory"
+# lean ARGUMENTS...: the peak is at most 1.2 times weights and activations together
+lean() {
+    classify "$model" "$@" --threads 2 --json >"$tmp/report" || return 1
+    sed -n 's/^.*"\(.*\)_bytes":[[:space:]]*\([0-9.e+]*\).*/\1 \2/p' "$tmp/report" >"$tmp/bytes"
+    cat "$tmp/bytes"
+    awk '{ n[$1] = $2 } END { exit !(n["peak"] && n["peak"] <= 1.2 * (n["weights"] + n["activations"])) }' "$tmp/bytes"
+}
+check "PSA" lean "$tmp/seven.y4m"
+check "dense" lean "$tmp/seven.y4m" --dense
+check "bf16" lean "$tmp/seven.y4m" --type bf16
+check "both, of 20 videos" lean "$tmp/eval" --compare
+check "with pictures" lean "$tmp/seven.y4m" --png "$tmp/png0"
+
 echo "# pictures"
 check "pictures" classify "$model" "$tmp/seven.y4m" --order gilbert --compare --png "$tmp/png"
 for name in frames levels density summary; do
