@@ -31,6 +31,12 @@ static void *alloc(size_t count, size_t size) {
     return p;
 }
 
+static void *reallocate(void *p, size_t count, size_t size) {
+    p = count <= SIZE_MAX / size ? realloc(p, count * size) : NULL;
+    if (!p) die("no memory for %zu x %zu bytes", count, size);
+    return p;
+}
+
 static char *copy_text(const char *text) {
     char *copy = alloc(strlen(text) + 1, 1);
     return strcpy(copy, text);

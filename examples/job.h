@@ -43,10 +43,7 @@ typedef struct job {
 
 /* Room for one more item after n, doubled when n is a power of two. */
 static void *grow(void *items, size_t n, size_t size) {
-    if (n & (n - 1)) return items;
-    items = realloc(items, (n ? 2 * n : 1) * size);
-    if (!items) die("no memory for %zu x %zu bytes", 2 * n, size);
-    return items;
+    return n & (n - 1) ? items : reallocate(items, n ? 2 * n : 1, size);
 }
 
 /* ---- outcomes --------------------------------------------------------------------------------------------------- */
@@ -167,7 +164,6 @@ static int run_video(job *j, const char *path, result *r, char *error, size_t er
     r->video_frames = v.n_frames;
     video_close(&v);
     for (int i = 0; status == 0 && i < how.clips * how.crops; i++) {
-        free(j->clip.pixels);
         clip_cut(&j->clip, &f, r->video_frames, &how, i / how.crops, i % how.crops, &j->settings);
         if (i == how.clips * how.crops - 1) film_free(&f);
         if (i == 0) r->read_seconds = now() - start;

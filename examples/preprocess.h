@@ -39,7 +39,7 @@ static void settings_read(settings *s, const char *dir, int is_vjepa2);
 static int film_read(film *f, video *v, const sampling *how, const settings *s);
 static void film_free(film *f);
 
-/* One clip at one place of the frame; c->pixels are the caller's to free. */
+/* One clip at one place of the frame; c->pixels are memory that was there already or NULL, and the caller's to free. */
 static void clip_cut(clip *c, const film *f, int64_t n_frames, const sampling *how, int clip_number, int crop_number,
                      const settings *s);
 
@@ -353,7 +353,7 @@ static void clip_cut(clip *c, const film *f, int64_t n_frames, const sampling *h
     c->frames = how->frames;
     c->height = s->crop ? s->crop_h : f->height;
     c->width = s->crop ? s->crop_w : f->width;
-    c->pixels = alloc(3 * (size_t)c->frames * (size_t)c->height * (size_t)c->width, sizeof *c->pixels);
+    c->pixels = reallocate(c->pixels, 3 * (size_t)c->frames * (size_t)c->height * (size_t)c->width, sizeof *c->pixels);
     int top = crop_start(f->height, c->height, crop_number, f->height > f->width ? how->crops : 1);
     int left = crop_start(f->width, c->width, crop_number, f->height > f->width ? 1 : how->crops);
     for (int i = 0, at = 0; i < c->frames; i++) {

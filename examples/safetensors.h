@@ -180,8 +180,7 @@ static void shard_open(checkpoint *c, shard *s) {
     cJSON *header = parse_object(text, (size_t)n, s->path), *entry;
     free(text);
     size_t first = c->n_tensors, most = first + (size_t)cJSON_GetArraySize(header);
-    c->tensors = realloc(c->tensors, (most + 1) * sizeof *c->tensors);
-    if (!c->tensors) die("no memory for a list of %zu tensors", most);
+    c->tensors = reallocate(c->tensors, most + 1, sizeof *c->tensors);
     cJSON_ArrayForEach(entry, header) {
         if (strcmp(entry->string, "__metadata__") != 0)
             tensor_parse(&c->tensors[c->n_tensors++], entry, s, 8 + (int64_t)n);
