@@ -33,11 +33,9 @@
  *
  *     Compute capability 8.0 or later. K and V are read as f16 if k is f16, else as bf16, with f32 sums: f32 inputs are
  *     converted on the way (k and v into work, by pool). Means are stored in that type too. Data pointers and the
- *     strides of out are multiples of 16 bytes. At most 65535 KV blocks, 8192 where they are ranked; ANTIDIAGONAL
- *     needs stride * D, D rounded up to 64, 128 or 256, up to 1024; up to 4096 where a block may have 227 KB of shared
- *     memory. POOLED scores are of whole blocks, without score_group. Otherwise as psa.h, but for two things: an entry
- *     of a caller's map that is no level counts as level 1 (the device cannot report it), and Inf or NaN in V may reach
- *     query rows of the same block from which causality hides that key.
+ *     strides of out are multiples of 16 bytes. At most 65535 KV blocks; ANTIDIAGONAL needs stride * D, D rounded up to
+ *     64, 128 or 256, up to 1024; up to 4096 where a block may have 227 KB of shared memory. Otherwise as psa.h, but
+ *     that an entry of a caller's map that is no level counts as level 1 (the device cannot report it).
  */
 
 #define PSA_CUDA
@@ -50,38 +48,38 @@
 /* >>device: everything that only a GPU has. tests/cuda/emu.h has the same functions for the CPU.                    */
 /* ================================================================================================================= */
 
+#define PSA__DEVICE static __device__ __forceinline__
+
 #ifdef PSA_CUDA_EMULATED
 #include "emu.h"
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define PSA__WRAP static __device__ __forceinline__
-
-struct psa__bf16 {};
-struct psa__f16 {};
+struct psa__bf16 { static constexpr uint32_t EXPONENT = 0x7f80; };
+struct psa__f16 { static constexpr uint32_t EXPONENT = 0x7c00; };
 
 /* Shared memory is one dynamic block; addresses in it are offsets from here. */
 extern __shared__ __align__(1024) unsigned char psa__shared[];
 
-PSA__WRAP uint32_t psa__address(uint32_t offset) { return (uint32_t)__cvta_generic_to_shared(psa__shared) + offset; }
+PSA__DEVICE uint32_t psa__address(uint32_t offset) { return (uint32_t)__cvta_generic_to_shared(psa__shared) + offset; }
 
-template <class V> PSA__WRAP V psa__lds(uint32_t offset) { return *reinterpret_cast<const V *>(psa__shared + offset); }
-template <class V> PSA__WRAP void psa__sts(uint32_t to, const V &v) { *reinterpret_cast<V *>(psa__shared + to) = v; }
+template <class V> PSA__DEVICE V psa__lds(uint32_t from) { return *reinterpret_cast<const V *>(psa__shared + from); }
+template <class V> PSA__DEVICE void psa__sts(uint32_t to, const V &v) { *reinterpret_cast<V *>(psa__shared + to) = v; }
 
-PSA__WRAP void psa__barrier() { __syncthreads(); }
-PSA__WRAP void psa__sync_warp() { __syncwarp(); }
+PSA__DEVICE void psa__barrier() { __syncthreads(); }
+PSA__DEVICE void psa__sync_warp() { __syncwarp(); }
 
 /* 16 bytes from global to shared memory, or zeros; they are there after commit and wait<N>, which leaves the last N
  * groups under way, and for other threads after a barrier too. */
-PSA__WRAP void psa__cp_async(uint32_t to, const void *from, bool exists)
+PSA__DEVICE void psa__cp_async(uint32_t to, const void *from, bool exists)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(psa__address(to)), "l"(from),
                  "r"(exists ? 16 : 0)
                  : "memory");
 }
-PSA__WRAP void psa__cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> PSA__WRAP void psa__cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+PSA__DEVICE void psa__cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> PSA__DEVICE void psa__cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 /* Four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i. _t: transposed. */
 #define PSA__LDMATRIX(kind)                                                                                            \
@@ -89,8 +87,8 @@ template <int N> PSA__WRAP void psa__cp_wait() { asm volatile("cp.async.wait_gro
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                                      \
                  : "r"(psa__address(offset))                                                                           \
                  : "memory")
-PSA__WRAP void psa__ldmatrix(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRIX(""); }
-PSA__WRAP void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRIX(".trans"); }
+PSA__DEVICE void psa__ldmatrix(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRIX(""); }
+PSA__DEVICE void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRIX(".trans"); }
 
 /* c[16][8] += a[16][16] b[16][8]. Lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of c. */
 #define PSA__MMA(type)                                                                                                 \
@@ -99,25 +97,25 @@ PSA__WRAP void psa__ldmatrix_t(uint32_t (&r)[4], uint32_t offset) { PSA__LDMATRI
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 typedef const uint32_t (&psa__a)[4];
-PSA__WRAP void psa__mma(psa__bf16, float (&c)[4], psa__a a, uint32_t b0, uint32_t b1) { PSA__MMA("bf16"); }
-PSA__WRAP void psa__mma(psa__f16, float (&c)[4], psa__a a, uint32_t b0, uint32_t b1) { PSA__MMA("f16"); }
+PSA__DEVICE void psa__mma(psa__bf16, float (&c)[4], psa__a a, uint32_t b0, uint32_t b1) { PSA__MMA("bf16"); }
+PSA__DEVICE void psa__mma(psa__f16, float (&c)[4], psa__a a, uint32_t b0, uint32_t b1) { PSA__MMA("f16"); }
 
 #define PSA__PACK(type)                                                                                                \
     uint32_t x;                                                                                                        \
     asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));                                          \
     return x
-PSA__WRAP uint32_t psa__pack(psa__bf16, float low, float high) { PSA__PACK("bf16"); }
-PSA__WRAP uint32_t psa__pack(psa__f16, float low, float high) { PSA__PACK("f16"); }
-PSA__WRAP float psa__to_float(psa__bf16, uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
-PSA__WRAP float psa__to_float(psa__f16, uint16_t h) { return __half2float(__ushort_as_half(h)); }
-PSA__WRAP float psa__as_float(uint32_t u) { return __uint_as_float(u); }
-PSA__WRAP uint32_t psa__as_bits(float x) { return __float_as_uint(x); }
+PSA__DEVICE uint32_t psa__pack(psa__bf16, float low, float high) { PSA__PACK("bf16"); }
+PSA__DEVICE uint32_t psa__pack(psa__f16, float low, float high) { PSA__PACK("f16"); }
+PSA__DEVICE float psa__to_float(psa__bf16, uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+PSA__DEVICE float psa__to_float(psa__f16, uint16_t h) { return __half2float(__ushort_as_half(h)); }
+PSA__DEVICE float psa__as_float(uint32_t u) { return __uint_as_float(u); }
+PSA__DEVICE uint32_t psa__as_bits(float x) { return __float_as_uint(x); }
 
-template <class V> PSA__WRAP V psa__shuffle(V v, int from) { return __shfl_sync(~0u, v, from); }
-template <class V> PSA__WRAP V psa__shuffle_xor(V v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
-PSA__WRAP uint32_t psa__ballot(bool x) { return __ballot_sync(~0u, x); }
+template <class V> PSA__DEVICE V psa__shuffle(V v, int from) { return __shfl_sync(~0u, v, from); }
+template <class V> PSA__DEVICE V psa__shuffle_xor(V v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+PSA__DEVICE uint32_t psa__ballot(bool x) { return __ballot_sync(~0u, x); }
 
-PSA__WRAP float psa__exp2(float x) /* one MUFU; denormal results are 0 */
+PSA__DEVICE float psa__exp2(float x) /* one MUFU; denormal results are 0 */
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -125,7 +123,7 @@ PSA__WRAP float psa__exp2(float x) /* one MUFU; denormal results are 0 */
 }
 
 /* Hides from the compiler what x is: it would compute the addresses of all steps before the loop and spill them. */
-PSA__WRAP uint32_t psa__opaque(uint32_t x)
+PSA__DEVICE uint32_t psa__opaque(uint32_t x)
 {
     asm volatile("" : "+r"(x));
     return x;
@@ -144,7 +142,6 @@ static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int t
 }
 #endif
 
-#define PSA__DEVICE static __device__ __forceinline__
 #define PSA__INF (__builtin_huge_valf())
 
 /* ================================================================================================================= */
@@ -155,7 +152,8 @@ constexpr int PSA__THREADS = 128;              /* of every kernel: four warps */
 constexpr int PSA__WARPS = PSA__THREADS / 32;
 constexpr uint32_t PSA__NONE = 0xffffffffu;    /* a stream row that does not exist */
 constexpr uint32_t PSA__POOLED = 0x80000000u;  /* a stream row that is a pooled one; the rest is its number */
-constexpr int PSA__MAX_RANKED = 8192;          /* blocks that mask sorts: 64 KB of keys */
+constexpr int PSA__NEAR_KEYS = 8192;           /* blocks that mask sorts in shared memory: 64 KB of keys */
+constexpr int PSA__MASK_CTAS = 1024;           /* of mask at most: each sorts more than that in memory of its own */
 constexpr float PSA__LOWEST = -3.402823466e+38f;         /* a finite stand-in for -inf as a running maximum */
 constexpr float PSA__BIG = 10633823966279326983230456482242756608.0f; /* 2^123: scoring clamps its logits to +-BIG */
 constexpr float PSA__RESCALE = 8.0f;           /* accumulators are rescaled when a maximum grew by more than 2^8 */
@@ -168,12 +166,8 @@ struct psa__view { /* a tensor; row (b, h, i) lies at data + b*nb3 + h*nb2 + i*n
     int aligned; /* rows begin at multiples of 16 bytes */
 };
 
-struct psa__index { /* a psa_order; index in device memory, NULL: identity */
-    const int32_t *index;
-    int64_t stride_h, stride_b;
-};
-
 struct psa__job {
+    psa_plan plan;            /* what follows is derived from it, and int where kernels compute with it */
     int shared_max;           /* bytes that a block may have */
     int B, Hq, Hkv, group, Nq, Nk, D, Dv, nq, nk, block_q, block_k, log2_block_k;
     int causal, shift;        /* query i stands at token i + shift and sees the tokens up to that one */
@@ -181,35 +175,37 @@ struct psa__job {
     uint32_t flip;            /* 0x80008000 if the caller's scale is negative: the sign moves to q */
     psa__view q, k, v, out;
     psa__view read_k, read_v; /* what score and attend read: k and v, or pool's copies in the right order and type */
-    psa__index order_q, order_k;
     int copies;               /* pool makes those copies */
     float *lse;
 
-    int n_levels, level_row[PSA_MAX_LEVELS], pooled_rows; /* rows of a head; see psa_plan */
     char *pooled_k, *pooled_v; /* T [B][Hkv][pooled_rows][D], [Dv] */
     uint8_t *cap;              /* [B][Hkv][nk] coarsest level that the similarity cap allows */
-    int n_sim_min;
-    double sim_min[PSA_MAX_LEVELS - 1];
 
     float *scores;             /* [B][Hq][nq][nk] */
-    int score, lanes, keys;    /* queries that score a query block, keys of a KV block */
+    int lanes, keys;           /* queries that score a query block, keys of a KV block */
     int columns;               /* a block's keys in the MMA, padded: 8 or a multiple of 16 */
+    int lane_rows, key_rows;   /* rows that a lane and a key stand for; SAMPLE: 1 */
     int parts;                 /* a lane is this many rows of D side by side: `stride` for ANTIDIAGONAL, else 1 */
+    int key_level;             /* POOLED: keys are the pooled rows of level 1 << key_level; 0: keys are tokens */
+    int biased;                /* POOLED: logits of keys that stand for c tokens have the bias ln c */
     int lane_tiles;            /* m16 tiles of lanes that are done together */
     int strip;                 /* KV blocks whose maxima fit into shared memory */
     int use_max, norm;
-    uint8_t sample_q[PSA_MAX_BLOCK_Q], sample_k[PSA_MAX_BLOCK_K];
 
-    int mask, n_ends, finest, counted, inclusive, sink, diagonal, skip_mean;
-    int64_t n_prefix, n_suffix, count_end[PSA_MAX_LEVELS];
-    double level_end[PSA_MAX_LEVELS], min_full;
+    int n_ends, finest;        /* levels in use, and the finest that has blocks */
+    int64_t count_end[PSA_MAX_LEVELS]; /* TOPK: ends by level_count; all 0: level_end is used */
+    uint64_t *far_keys;        /* [MASK_CTAS][n_keys] for mask to sort in; NULL: shared memory holds them */
+    int n_keys;                /* nk rounded up to a power of two */
     uint8_t *levels;           /* [B][Hq][nq][nk], NULL for the list of a dense map */
 
     uint16_t *count;           /* [B][Hq][nq][PSA_MAX_LEVELS] the list: KV blocks at levels 1, 2, 4, ... */
     uint16_t *index;           /* [B][Hq][nq][nk] and which */
     int q_tiles;               /* attend: tiles of query rows in a query block */
     int splits;                /* attend: parts of the stream, each its own CTA */
-    float *part, *part_lse;    /* [splits][B][Hq][Nq][Dv], [splits][B][Hq][Nq] */
+    psa__view part;            /* combine: part 0 of the results; the next one lies part_bytes behind it */
+    int64_t part_bytes;
+    float *part_lse;           /* [splits][B][Hq][Nq] */
+    int merges;                /* combine: part 0 is out with its lse, part 1 is `part` */
 };
 
 struct alignas(16) psa__u4 { /* 16 bytes, moved by one instruction */
@@ -226,7 +222,7 @@ PSA__DEVICE char *psa__row(const psa__view &t, int b, int h, int64_t i)
     return t.data + b * t.nb3 + h * t.nb2 + i * t.nb1;
 }
 
-PSA__DEVICE int64_t psa__token(const psa__index &o, int b, int h, int i)
+PSA__DEVICE int64_t psa__token(const psa_order &o, int b, int h, int i)
 {
     return o.index ? o.index[b * o.stride_b + h * o.stride_h + i] : i;
 }
@@ -264,20 +260,20 @@ PSA__DEVICE float psa__load(const char *row, int type, int i)
     return type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
 }
 
-/* 8 elements of any type as f32. */
-PSA__DEVICE void psa__load8(float (&x)[8], const char *p, int type, int aligned)
+/* Columns 8c .. 8c+7 of a row of t, as f32. */
+PSA__DEVICE void psa__load8(float (&x)[8], const psa__view &t, const char *row, int c)
 {
-    const psa__u4 *chunk = reinterpret_cast<const psa__u4 *>(p);
-    if (!aligned) {
-        for (int i = 0; i < 8; i++) x[i] = psa__load(p, type, i);
-    } else if (type == PSA_F32) {
+    const psa__u4 *chunk = reinterpret_cast<const psa__u4 *>(row) + (t.type == PSA_F32 ? 2 * c : c);
+    if (!t.aligned) {
+        for (int i = 0; i < 8; i++) x[i] = psa__load(row, t.type, 8 * c + i);
+    } else if (t.type == PSA_F32) {
         psa__u4 low = chunk[0], high = chunk[1];
         for (int i = 0; i < 4; i++) x[i] = psa__as_float(low.x[i]), x[4 + i] = psa__as_float(high.x[i]);
     } else {
         psa__u4 u = chunk[0];
         for (int i = 0; i < 8; i++) {
             uint16_t h = (uint16_t)(u.x[i / 2] >> i % 2 * 16);
-            x[i] = type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+            x[i] = t.type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
         }
     }
 }
@@ -287,6 +283,29 @@ template <class T> PSA__DEVICE psa__u4 psa__pack8(const float (&x)[8])
     psa__u4 u;
     for (int i = 0; i < 4; i++) u.x[i] = psa__pack(T(), x[2 * i], x[2 * i + 1]);
     return u;
+}
+
+/* The mean of n query rows from position `first` on, columns 8c .. 8c+7; zeros if n <= 0 or beyond D. */
+template <class T> PSA__DEVICE psa__u4 psa__query(const psa__job &job, int b, int h, int first, int n, int c)
+{
+    float x[8] = {}, y[8];
+    if (c >= job.D / 8) n = 0;
+    for (int i = first; i < first + n; i++) {
+        psa__load8(y, job.q, psa__row(job.q, b, h, psa__token(job.plan.desc.order_q, b, h, i)), c);
+        for (int e = 0; e < 8; e++) x[e] += y[e];
+    }
+    for (int e = 0; n > 1 && e < 8; e++) x[e] *= 1.0f / (float)n;
+    psa__u4 u = psa__pack8<T>(x);
+    for (int e = 0; e < 4; e++) u.x[e] ^= job.flip;
+    return u;
+}
+
+/* Two elements of any type. */
+PSA__DEVICE void psa__store2(char *to, int type, const psa__f2 &x)
+{
+    if (type == PSA_F32) *reinterpret_cast<psa__f2 *>(to) = x;
+    else if (type == PSA_F16) *reinterpret_cast<uint32_t *>(to) = psa__pack(psa__f16(), x.x, x.y);
+    else *reinterpret_cast<uint32_t *>(to) = psa__pack(psa__bf16(), x.x, x.y);
 }
 
 /* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes. A row is a multiple of 128 bytes, all banks,
@@ -348,11 +367,11 @@ template <class T>
 PSA__DEVICE void psa__pool_emit(const psa__job &job, const psa__pool_block &w, int i, int t, int c, const float (&x)[8])
 {
     int count = psa__imin(1 << i, w.n - (t << i));
-    if (i >= job.n_levels || count <= 0) return;
+    if (i >= job.plan.n_levels || count <= 0) return;
     float mean[8], factor = 1.0f / (float)count;
-    int row = job.level_row[i] + w.jk * (job.block_k >> i) + t;
+    int64_t row = job.plan.level_row[i] + w.jk * (job.block_k >> i) + t;
     for (int e = 0; e < 8; e++) mean[e] = x[e] * factor;
-    *reinterpret_cast<psa__u4 *>(w.pooled + ((int64_t)row * w.D + 8 * c) * 2) = psa__pack8<T>(mean);
+    *reinterpret_cast<psa__u4 *>(w.pooled + (row * w.D + 8 * c) * 2) = psa__pack8<T>(mean);
 }
 
 /* From rows [8 >> (I-1)] of level 1 << (I-1) those of level 1 << I, in place. */
@@ -377,8 +396,8 @@ PSA__DEVICE void psa__pool_rows(const psa__job &job, const psa__pool_block &w, i
 #pragma unroll
         for (int e = 0; e < 8; e++) rows[r][e] = 0.0f;
         if (at < w.n) {
-            const char *from = psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, position));
-            psa__load8(rows[r], from + c * (w.in.type == PSA_F32 ? 32 : 16), w.in.type, w.in.aligned);
+            const char *from = psa__row(w.in, w.b, w.hkv, psa__token(job.plan.desc.order_k, w.b, w.hkv, position));
+            psa__load8(rows[r], w.in, from, c);
         }
         if (job.copies && at < w.n) {
             *reinterpret_cast<psa__u4 *>(psa__row(w.copy, w.b, w.hkv, position) + c * 16) = psa__pack8<T>(rows[r]);
@@ -389,24 +408,19 @@ PSA__DEVICE void psa__pool_rows(const psa__job &job, const psa__pool_block &w, i
     psa__pool_pairs<T, 3>(job, w, g, c, rows);
 }
 
-/* Cosine of two rows; 0 if one of them is zero. A whole warp. */
+/* Cosine of two rows; 0 if one of them is zero. */
 PSA__DEVICE float psa__cosine(const psa__view &in, const char *a, const char *b, int D)
 {
     float aa = 0, bb = 0, ab = 0;
-    for (int c = (int)threadIdx.x % 32; c < D / 8; c += 32) {
+    for (int c = 0; c < D / 8; c++) {
         float x[8], y[8];
-        psa__load8(x, a + c * (in.type == PSA_F32 ? 32 : 16), in.type, in.aligned);
-        psa__load8(y, b + c * (in.type == PSA_F32 ? 32 : 16), in.type, in.aligned);
+        psa__load8(x, in, a, c);
+        psa__load8(y, in, b, c);
         for (int e = 0; e < 8; e++) {
             aa += x[e] * x[e];
             bb += y[e] * y[e];
             ab += x[e] * y[e];
         }
-    }
-    for (int mask = 16; mask > 0; mask /= 2) {
-        aa += psa__shuffle_xor(aa, mask);
-        bb += psa__shuffle_xor(bb, mask);
-        ab += psa__shuffle_xor(ab, mask);
     }
     return aa > 0 && bb > 0 ? ab / (sqrtf(aa) * sqrtf(bb)) : aa == aa && bb == bb ? 0.0f : ab;
 }
@@ -419,13 +433,13 @@ PSA__DEVICE int psa__groups(int n, int i) { return (n >> i) + ((n & ((1 << i) - 
 PSA__DEVICE void psa__similarity_cap(const psa__job &job, const psa__pool_block &w)
 {
     uint32_t at = PSA__POOL_SUMS;
-    for (int i = 1; i <= job.n_sim_min; i++) {
+    for (int i = 1; i <= job.plan.desc.n_sim_min; i++) {
         int groups = psa__groups(w.n, i);
-        for (int t = (int)threadIdx.x / 32; t < groups; t += PSA__WARPS) {
+        for (int t = (int)threadIdx.x; t < groups; t += PSA__THREADS) {
             int first = w.jk * job.block_k + (t << i), last = first + psa__imin(1 << i, w.n - (t << i)) - 1;
-            float cosine = psa__cosine(w.in, psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, first)),
-                                       psa__row(w.in, w.b, w.hkv, psa__token(job.order_k, w.b, w.hkv, last)), w.D);
-            if (threadIdx.x % 32 == 0) psa__sts(at + (uint32_t)t * 4, cosine);
+            const char *a = psa__row(w.in, w.b, w.hkv, psa__token(job.plan.desc.order_k, w.b, w.hkv, first));
+            const char *b = psa__row(w.in, w.b, w.hkv, psa__token(job.plan.desc.order_k, w.b, w.hkv, last));
+            psa__sts(at + (uint32_t)t * 4, psa__cosine(w.in, a, b, w.D));
         }
         at += (uint32_t)groups * 4;
     }
@@ -433,11 +447,11 @@ PSA__DEVICE void psa__similarity_cap(const psa__job &job, const psa__pool_block 
     if (threadIdx.x != 0) return;
     int cap = 0;
     at = PSA__POOL_SUMS;
-    for (int i = 1; i <= job.n_sim_min; i++) {
+    for (int i = 1; i <= job.plan.desc.n_sim_min; i++) {
         int groups = psa__groups(w.n, i);
         double sum = 0;
         for (int t = 0; t < groups; t++) sum += psa__lds<float>(at + (uint32_t)t * 4);
-        if (groups && sum / groups > job.sim_min[i - 1]) cap = i;
+        if (groups && sum / groups > job.plan.desc.sim_min[i - 1]) cap = i;
         at += (uint32_t)groups * 4;
     }
     job.cap[(int64_t)(w.b * job.Hkv + w.hkv) * job.nk + w.jk] = (uint8_t)(1 << cap);
@@ -454,7 +468,7 @@ template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(con
     w.hkv = head % job.Hkv;
     w.b = head / job.Hkv;
     w.n = psa__block_k_rows(job, w.jk);
-    w.pooled = (is_v ? job.pooled_v : job.pooled_k) + (int64_t)head * job.pooled_rows * w.D * 2;
+    w.pooled = (is_v ? job.pooled_v : job.pooled_k) + (int64_t)head * job.plan.pooled_rows * w.D * 2;
 
     int chunks = w.D / 8, all = job.block_k / 8 * chunks;
     for (int item = (int)threadIdx.x; item < all; item += PSA__THREADS) {
@@ -463,7 +477,7 @@ template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(con
 #pragma unroll
         for (int e = 0; e < 8; e++) psa__sts((uint32_t)(e * all + item) * 4, rows[0][e]);
     }
-    for (int i = 4; i < job.n_levels; i++) { /* the sum of group t lies where its first 8 rows lay */
+    for (int i = 4; i < job.plan.n_levels; i++) { /* the sum of group t lies where its first 8 rows lay */
         psa__barrier();
         for (int item = (int)threadIdx.x; item < (job.block_k >> i) * chunks; item += PSA__THREADS) {
             int t = item / chunks, c = item % chunks, at = (t << (i - 3)) * chunks + c;
@@ -476,7 +490,7 @@ template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(con
             psa__pool_emit<T>(job, w, i, t, c, x);
         }
     }
-    if (!is_v && job.n_sim_min) psa__similarity_cap(job, w);
+    if (!is_v && job.plan.desc.n_sim_min) psa__similarity_cap(job, w);
 }
 
 /* ================================================================================================================= */
@@ -521,33 +535,32 @@ PSA__DEVICE int psa__sampled(const uint8_t *offset, int i, int n)
 PSA__DEVICE int psa__n_lanes(const psa__job &job, int iq)
 {
     int n = psa__block_q_rows(job, iq), lanes = 0;
-    if (job.score == PSA_SCORE_POOLED) return 1;
-    if (job.score == PSA_SCORE_EXACT) return n;
-    if (job.score == PSA_SCORE_ANTIDIAGONAL) return (n + job.parts - 1) / job.parts;
-    while (lanes < job.lanes && psa__sampled(job.sample_q, lanes, n) >= 0) lanes++;
+    if (job.plan.desc.score != PSA_SCORE_SAMPLE) return (n + job.lane_rows - 1) / job.lane_rows;
+    while (lanes < job.lanes && psa__sampled(job.plan.sample_q, lanes, n) >= 0) lanes++;
     return lanes;
 }
 
-/* Row of part `part` of lane i among the n of a query block; n or more: there is none, zeros stand for it. */
+/* First row of part `part` of lane i among the n of a query block; n or more: there is none, zeros stand for it. */
 PSA__DEVICE int psa__lane_row(const psa__job &job, int n, int i, int part)
 {
-    if (job.score == PSA_SCORE_SAMPLE) return psa__sampled(job.sample_q, i, n);
-    return job.score == PSA_SCORE_ANTIDIAGONAL ? (i + 1) * job.parts - 1 - part : i;
+    if (job.plan.desc.score == PSA_SCORE_SAMPLE) return psa__sampled(job.plan.sample_q, i, n);
+    return i * job.lane_rows + job.parts - 1 - part;
 }
 
 /* The last token that lane i stands for. */
 PSA__DEVICE int psa__lane_token(const psa__job &job, int iq, int i)
 {
-    int n = psa__block_q_rows(job, iq), row = job.score == PSA_SCORE_POOLED ? n - 1 : psa__lane_row(job, n, i, 0);
+    int n = psa__block_q_rows(job, iq), row = (i + 1) * job.lane_rows - 1;
+    if (job.plan.desc.score == PSA_SCORE_SAMPLE) row = psa__lane_row(job, n, i, 0);
     return iq * job.block_q + psa__imin(row, n - 1) + job.shift;
 }
 
 /* The first token of key c of block jk; -1: there is no such key. */
 PSA__DEVICE int psa__key_token(const psa__job &job, int jk, int c)
 {
-    int n = psa__block_k_rows(job, jk), at = c * job.parts;
+    int n = psa__block_k_rows(job, jk), at = c * job.key_rows;
     if (c >= job.keys || jk >= job.nk) return -1;
-    if (job.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.sample_k, c, n);
+    if (job.plan.desc.score == PSA_SCORE_SAMPLE) at = psa__sampled(job.plan.sample_k, c, n);
     return at >= 0 && at < n ? jk * job.block_k + at : -1;
 }
 
@@ -580,14 +593,14 @@ PSA__DEVICE void psa__score_load(const psa__job &job, const psa__score_block &w,
     int lane = (int)threadIdx.x % 32, jk, key;
     psa__column(job, s, lane % 16, &jk, &key);
     int row = psa__key_token(job, jk, key);
-    if (row >= 0 && job.score == PSA_SCORE_ANTIDIAGONAL) row = row + s.part < job.Nk ? row + s.part : -1;
+    if (row >= 0 && job.plan.desc.score == PSA_SCORE_ANTIDIAGONAL) row = row + s.part < job.Nk ? row + s.part : -1;
     const char *base = psa__row(job.read_k, w.b, w.hkv, 0);
     int64_t stride = job.read_k.nb1;
-    if (job.score == PSA_SCORE_POOLED) {
+    if (job.key_level > 0) {
         stride = (int64_t)job.D * 2;
-        int64_t first = (int64_t)(w.b * job.Hkv + w.hkv) * job.pooled_rows + job.level_row[job.n_levels - 1];
+        int64_t first = (int64_t)(w.b * job.Hkv + w.hkv) * job.plan.pooled_rows + job.plan.level_row[job.key_level];
         base = job.pooled_k + first * stride;
-        if (row >= 0) row = jk;
+        if (row >= 0) row >>= job.key_level;
     }
 #pragma unroll
     for (int i = 0; i < CHUNKS / 2; i++) {
@@ -601,23 +614,12 @@ PSA__DEVICE void psa__score_load(const psa__job &job, const psa__score_block &w,
 template <class T, class S> PSA__DEVICE void psa__score_lanes(const psa__job &job, const psa__score_block &w)
 {
     constexpr int CHUNKS = S::DP / 8;
-    int rows = 16 * job.lane_tiles, bytes = job.q.type == PSA_F32 ? 32 : 16;
-    bool mean = job.score == PSA_SCORE_POOLED;
+    int rows = 16 * job.lane_tiles, n = psa__block_q_rows(job, w.iq);
     for (int item = (int)threadIdx.x; item < job.parts * rows * CHUNKS; item += PSA__THREADS) {
         int c = item % CHUNKS, r = item / CHUNKS % rows, part = item / (CHUNKS * rows), lane = w.first + r;
-        float x[8] = {}, y[8];
-        if (lane < w.lanes && c < job.D / 8) {
-            int n = psa__block_q_rows(job, w.iq), from = psa__lane_row(job, n, lane, part);
-            int to = mean ? n : psa__imin(from + 1, n);
-            for (int i = from; i < to; i++) {
-                int64_t token = psa__token(job.order_q, w.b, w.h, w.iq * job.block_q + i);
-                psa__load8(y, psa__row(job.q, w.b, w.h, token) + c * bytes, job.q.type, job.q.aligned);
-                for (int e = 0; e < 8; e++) x[e] = mean ? x[e] + y[e] : y[e];
-            }
-            for (int e = 0; mean && e < 8; e++) x[e] *= 1.0f / (float)(to - from);
-        }
-        psa__u4 u = psa__pack8<T>(x);
-        for (int e = 0; e < 4; e++) u.x[e] ^= job.flip;
+        int from = lane < w.lanes ? psa__lane_row(job, n, lane, part) : n;
+        psa__u4 u = psa__query<T>(job, w.b, w.h, w.iq * job.block_q + from,
+                                  psa__imin(job.parts > 1 ? 1 : job.lane_rows, n - from), c);
         psa__sts((uint32_t)(part * rows * S::DP * 2) + psa__at<S::DP>(r, c), u);
     }
     for (int r = (int)threadIdx.x; r < rows; r += PSA__THREADS) {
@@ -653,7 +655,9 @@ PSA__DEVICE void psa__score_reduce(const psa__job &job, const psa__score_block &
         for (int e = 0; e < 2; e++) {
             psa__column(job, now, 8 * j + 2 * t + e, &jk, &key);
             int token = psa__key_token(job, jk, key);
-            x[e] = fminf(fmaxf(s[i / 4][j][2 * half + e] * factor, -PSA__BIG), PSA__BIG); /* NaN becomes -BIG */
+            float bias = job.biased ? log2f((float)psa__imin(job.key_rows, job.Nk - token)) : 0.0f;
+            x[e] = s[i / 4][j][2 * half + e] * factor + bias;
+            x[e] = fminf(fmaxf(x[e], -PSA__BIG), PSA__BIG); /* NaN becomes -BIG */
             bool hidden = token < 0 || (jk >= w.whole && psa__lds<int>(w.at_token + (uint32_t)row * 4) < token);
             if (hidden) x[e] = -PSA__INF;
         }
@@ -783,7 +787,7 @@ PSA__DEVICE void psa__score_finish(const psa__job &job, const psa__score_block &
 {
     double sum = 0, total;
     for (int jk = (int)threadIdx.x; jk < w.n; jk += PSA__THREADS) {
-        if (!job.use_max && job.score == PSA_SCORE_SAMPLE) score[jk] /= (float)psa__score_pairs(job, w, jk);
+        if (!job.use_max && job.plan.desc.score == PSA_SCORE_SAMPLE) score[jk] /= (float)psa__score_pairs(job, w, jk);
         sum += score[jk];
     }
     psa__scan(sum, 0, &total);
@@ -837,7 +841,7 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__score(const __grid_constant
 /* >>mask: from scores to levels, from levels to the list                                                            */
 /* ================================================================================================================= */
 
-/* One CTA per query block and head.
+/* One CTA per query block and head, or for several in turn.
  *
  *   shared memory:  scan scratch 64 B | keys u64 [n rounded up to a power of two]
  *
@@ -856,60 +860,72 @@ PSA__DEVICE uint32_t psa__sort_key(float x)
     return (u & 0x80000000u) != 0 ? u : ~(u | 0x80000000u);
 }
 
+PSA__DEVICE uint64_t psa__key(const psa__job &job, int i)
+{
+    if (job.far_keys) return job.far_keys[(int64_t)blockIdx.x * job.n_keys + i];
+    return psa__lds<uint64_t>(PSA__KEYS + (uint32_t)i * 8);
+}
+
+PSA__DEVICE void psa__set_key(const psa__job &job, int i, uint64_t key)
+{
+    if (job.far_keys) job.far_keys[(int64_t)blockIdx.x * job.n_keys + i] = key;
+    else psa__sts(PSA__KEYS + (uint32_t)i * 8, key);
+}
+
 /* Keys of scores [n], sorted. */
-PSA__DEVICE void psa__rank(const float *score, int n)
+PSA__DEVICE void psa__rank(const psa__job &job, const float *score, int n)
 {
     int size = 2;
     while (size < n) size *= 2;
     for (int j = (int)threadIdx.x; j < size; j += PSA__THREADS) {
-        uint64_t key = j < n ? (uint64_t)psa__sort_key(score[j]) << 32 | (uint32_t)j : ~(uint64_t)0;
-        psa__sts(PSA__KEYS + (uint32_t)j * 8, key);
+        psa__set_key(job, j, j < n ? (uint64_t)psa__sort_key(score[j]) << 32 | (uint32_t)j : ~(uint64_t)0);
     }
     for (int run = 2; run <= size; run *= 2) {
         for (int d = run / 2; d > 0; d /= 2) {
             psa__barrier();
             for (int i = (int)threadIdx.x; i < size / 2; i += PSA__THREADS) {
                 int low = 2 * i - (i & (d - 1));
-                uint32_t at = PSA__KEYS + (uint32_t)low * 8, other = at + (uint32_t)d * 8;
-                uint64_t x = psa__lds<uint64_t>(at), y = psa__lds<uint64_t>(other);
+                uint64_t x = psa__key(job, low), y = psa__key(job, low + d);
                 if ((x > y) != ((low & run) == 0)) continue;
-                psa__sts(at, y);
-                psa__sts(other, x);
+                psa__set_key(job, low, y);
+                psa__set_key(job, low + d, x);
             }
         }
     }
     psa__barrier();
 }
 
-PSA__DEVICE int psa__ranked(int position) { return (int)psa__lds<uint32_t>(PSA__KEYS + (uint32_t)position * 8); }
+PSA__DEVICE int psa__ranked(const psa__job &job, int position) { return (int)(uint32_t)psa__key(job, position); }
 
 PSA__DEVICE void psa__mask_topk(const psa__job &job, int n, uint8_t *level)
 {
     for (int position = (int)threadIdx.x; position < n; position += PSA__THREADS) {
         int i = 0;
         for (; i < job.n_ends; i++) {
-            int64_t end = job.counted ? job.count_end[i] : (int64_t)floor(job.level_end[i] * (double)n);
+            int64_t end = (int64_t)floor(job.plan.desc.level_end[i] * (double)n);
+            if (job.count_end[PSA_MAX_LEVELS - 1] > 0) end = job.count_end[i];
             if (i >= job.finest && end < 1) end = 1;
             if (position < end) break;
         }
-        level[psa__ranked(position)] = (uint8_t)(i < job.n_ends ? 1 << i : 0);
+        level[psa__ranked(job, position)] = (uint8_t)(i < job.n_ends ? 1 << i : 0);
     }
 }
 
 PSA__DEVICE void psa__mask_threshold(const psa__job &job, int n, const float *score, uint8_t *level)
 {
+    const psa_desc &d = job.plan.desc;
     int each = (n + PSA__THREADS - 1) / PSA__THREADS, begin = psa__imin(n, (int)threadIdx.x * each);
-    int end = psa__imin(n, begin + each), full = job.min_full > 0 ? (int)floor(job.min_full * (double)n) + 1 : 0;
+    int end = psa__imin(n, begin + each), full = d.min_full > 0 ? (int)floor(d.min_full * (double)n) + 1 : 0;
     double mass = 0, total, ahead;
-    for (int i = begin; i < end; i++) mass += fmaxf(score[psa__ranked(i)], 0.0f);
+    for (int i = begin; i < end; i++) mass += fmaxf(score[psa__ranked(job, i)], 0.0f);
     ahead = psa__scan(mass, 0, &total);
     ahead = total > 0 ? ahead / total : (double)begin / (double)n;
     for (int position = begin, i = 0; position < end; position++) {
-        int j = psa__ranked(position);
+        int j = psa__ranked(job, position);
         double own = total > 0 ? fmaxf(score[j], 0.0f) / total : 1.0 / (double)n;
-        while (i < job.n_ends && job.level_end[i] + 1e-6 < ahead + (job.inclusive ? own : 0)) i++;
+        while (i < job.n_ends && d.level_end[i] + 1e-6 < ahead + (d.inclusive ? own : 0)) i++;
         int l = i < job.n_ends ? 1 << i : 0;
-        if (job.inclusive && position == 0) l = 1 << job.finest;
+        if (d.inclusive && position == 0) l = 1 << job.finest;
         if (position < full) l = 1;
         level[j] = (uint8_t)l;
         ahead += own;
@@ -926,16 +942,17 @@ PSA__DEVICE bool psa__holds(const psa__job &job, int jk, int64_t from, int64_t t
 /* The rules of step 3. */
 PSA__DEVICE int psa__mask_rules(const psa__job &job, int iq, int jk, int whole, const uint8_t *cap, int level)
 {
+    const psa_desc &d = job.plan.desc;
     int64_t row = (int64_t)iq * job.block_q, end_row = row + psa__block_q_rows(job, iq);
     int64_t token = row + job.shift, end_token = end_row + job.shift;
-    if (job.n_sim_min && level > cap[jk]) level = cap[jk];
-    bool full = psa__holds(job, jk, 0, job.n_prefix) || psa__holds(job, jk, job.Nk - job.n_suffix, job.Nk);
-    full |= job.sink && jk == 0;
-    full |= job.diagonal && psa__holds(job, jk, token, end_token);
-    full |= job.n_prefix > 0 && token < job.n_prefix && end_token > 0;
-    full |= job.n_suffix > 0 && end_row > job.Nq - job.n_suffix;
+    if (d.n_sim_min && level > cap[jk]) level = cap[jk];
+    bool full = psa__holds(job, jk, 0, d.n_prefix) || psa__holds(job, jk, job.Nk - d.n_suffix, job.Nk);
+    full |= d.sink && jk == 0;
+    full |= d.diagonal && psa__holds(job, jk, token, end_token);
+    full |= d.n_prefix > 0 && token < d.n_prefix && end_token > 0;
+    full |= d.n_suffix > 0 && end_row > job.Nq - d.n_suffix;
     if (full || jk >= whole) level = 1;
-    return job.skip_mean && level == 0 ? job.block_k : level;
+    return d.skip_mean && level == 0 ? job.block_k : level;
 }
 
 /* The list of query block `task` from its row of the level map (NULL: dense). What is no level of the plan is 1. */
@@ -947,7 +964,7 @@ PSA__DEVICE void psa__make_list(const psa__job &job, int64_t task, int iq, const
     for (int pass = 0; pass < 2; pass++) { /* first how many, then which */
         for (int j = begin; j < end; j++) {
             int l = level && j < whole ? level[j] : 1;
-            if ((l & (l - 1)) != 0 || l > 1 << (job.n_levels - 1)) l = 1;
+            if ((l & (l - 1)) != 0 || l > 1 << (job.plan.n_levels - 1)) l = 1;
 #pragma unroll
             for (int i = 0; i < PSA_MAX_LEVELS; i++) {
                 if (l != 1 << i) continue;
@@ -966,25 +983,30 @@ PSA__DEVICE void psa__make_list(const psa__job &job, int64_t task, int iq, const
     }
 }
 
-static __global__ void __launch_bounds__(PSA__THREADS) psa__mask(const __grid_constant__ psa__job job)
+PSA__DEVICE void psa__mask_row(const psa__job &job, int64_t task)
 {
-    int64_t task = blockIdx.x;
     int iq = (int)(task % job.nq), head = (int)(task / job.nq), h = head % job.Hq, b = head / job.Hq;
     int n = psa__n_visible(job, iq), whole = psa__n_whole(job, iq);
     uint8_t *level = job.levels + task * job.nk;
     const float *score = job.scores + task * job.nk;
     const uint8_t *cap = job.cap + (int64_t)(b * job.Hkv + h / job.group) * job.nk;
-    if (job.mask != PSA_MASK_DENSE) psa__rank(score, n);
-    if (job.mask == PSA_MASK_TOPK) psa__mask_topk(job, n, level);
-    if (job.mask == PSA_MASK_THRESHOLD) psa__mask_threshold(job, n, score, level);
+    if (job.plan.desc.mask != PSA_MASK_DENSE) psa__rank(job, score, n);
+    if (job.plan.desc.mask == PSA_MASK_TOPK) psa__mask_topk(job, n, level);
+    if (job.plan.desc.mask == PSA_MASK_THRESHOLD) psa__mask_threshold(job, n, score, level);
     psa__barrier(); /* until here the map was written in rank order */
     for (int j = (int)threadIdx.x; j < job.nk; j += PSA__THREADS) {
         int l = j < n ? 1 : 0;
-        if (l && job.mask != PSA_MASK_DENSE) l = psa__mask_rules(job, iq, j, whole, cap, level[j]);
+        if (l && job.plan.desc.mask != PSA_MASK_DENSE) l = psa__mask_rules(job, iq, j, whole, cap, level[j]);
         level[j] = (uint8_t)l;
     }
     psa__barrier();
     psa__make_list(job, task, iq, level);
+}
+
+static __global__ void __launch_bounds__(PSA__THREADS) psa__mask(const __grid_constant__ psa__job job)
+{
+    int64_t tasks = (int64_t)job.B * job.Hq * job.nq;
+    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) psa__mask_row(job, task);
 }
 
 static __global__ void __launch_bounds__(PSA__THREADS) psa__list(const __grid_constant__ psa__job job)
@@ -1060,7 +1082,7 @@ template <class S> PSA__DEVICE psa__pending psa__find_row(const psa__job &job, i
     psa__pending x = {0, 0, -1};
     int entry = 0;
     if (p >= w.n) return x;
-    for (; x.level < job.n_levels - 1; x.level++) {
+    for (; x.level < job.plan.n_levels - 1; x.level++) {
         int blocks = psa__lds<int>(S::AT_COUNT + (uint32_t)x.level * 4);
         int rows = blocks << (job.log2_block_k - x.level);
         if (p < rows) break;
@@ -1083,7 +1105,7 @@ template <class S> PSA__DEVICE void psa__publish_row(const psa__job &job, const 
         row = (uint32_t)token;
         bias = count == 1 << x.level ? (float)x.level : log2f((float)count);
         if (x.level > 0) {
-            row = PSA__POOLED | (uint32_t)(job.level_row[x.level] + x.block * (job.block_k >> x.level) + x.within);
+            row = PSA__POOLED | (uint32_t)(job.plan.level_row[x.level] + x.block * (job.block_k >> x.level) + x.within);
         }
     }
     bool straddles = job.causal && (int)row > psa__here<S>().row0 + job.shift;
@@ -1122,16 +1144,7 @@ template <class T, class S> PSA__DEVICE void psa__load_queries(const psa__job &j
     psa__u4 zero = {};
     for (int item = (int)threadIdx.x; item < S::BM * CHUNKS; item += PSA__THREADS) {
         int r = item / CHUNKS, c = item % CHUNKS;
-        psa__u4 u = zero;
-        if (r < w.rows && c < job.D / 8) {
-            float x[8];
-            int64_t token = psa__token(job.order_q, w.b, w.h, w.row0 + r);
-            psa__load8(x, psa__row(job.q, w.b, w.h, token) + c * (job.q.type == PSA_F32 ? 32 : 16), job.q.type,
-                       job.q.aligned);
-            u = psa__pack8<T>(x);
-            for (int e = 0; e < 4; e++) u.x[e] ^= job.flip;
-        }
-        psa__sts(psa__at<S::DP>(r, c), u);
+        psa__sts(psa__at<S::DP>(r, c), psa__query<T>(job, w.b, w.h, w.row0 + r, r < w.rows ? 1 : 0, c));
     }
     for (int item = (int)threadIdx.x; job.D % 16 != 0 && item < S::STAGES * S::BN; item += PSA__THREADS) {
         uint32_t stage = S::AT_KV + (uint32_t)(item / S::BN) * 2 * S::KV;
@@ -1227,13 +1240,22 @@ PSA__DEVICE void psa__softmax(float scale, float bias, float (&s)[S::MT][S::BN /
     }
 }
 
-/* O += P V: the accumulators of two n8 tiles of S are the A fragment of one k16 step. */
-template <class T, class S>
-PSA__DEVICE void psa__pv(const psa__job &job, int stage, const float (&s)[S::MT][S::BN / 8][4],
+/* Two elements, those that are Inf or NaN replaced by 0. */
+template <class T> PSA__DEVICE uint32_t psa__finite(uint32_t x)
+{
+    constexpr uint32_t E = T::EXPONENT;
+    return x & ((x & E) == E ? 0xffff0000u : ~0u) & ((x & E << 16) == E << 16 ? 0x0000ffffu : ~0u);
+}
+
+/* O += P V: the accumulators of two n8 tiles of S are the A fragment of one k16 step. guarded: Inf and NaN in V count
+ * as 0, since 0 * Inf would reach the rows that they are hidden from; returns whether there were any. */
+template <class T, class S, bool guarded>
+PSA__DEVICE bool psa__pv(const psa__job &job, int stage, const float (&s)[S::MT][S::BN / 8][4],
                          float (&o)[S::MT][S::DP / 8][4])
 {
     int lane = (int)threadIdx.x % 32;
     uint32_t values = psa__opaque(psa__at<S::DP>(lane % 16, lane / 16)) + S::AT_KV + (uint32_t)(2 * stage + 1) * S::KV;
+    bool odd = false;
 #pragma unroll
     for (int k = 0; k < S::BN / 16; k++) {
         uint32_t p[S::MT][4];
@@ -1248,55 +1270,67 @@ PSA__DEVICE void psa__pv(const psa__job &job, int stage, const float (&s)[S::MT]
             uint32_t x[4];
             psa__ldmatrix_t(x, (values ^ (uint32_t)(j * 32)) + (uint32_t)(k * 16 * S::DP * 2));
 #pragma unroll
+            for (int e = 0; guarded && e < 4; e++) {
+                uint32_t finite = psa__finite<T>(x[e]);
+                odd |= finite != x[e];
+                x[e] = finite;
+            }
+#pragma unroll
             for (int i = 0; i < S::MT; i++) {
                 psa__mma(T(), o[i][2 * j], p[i], x[0], x[1]);
                 psa__mma(T(), o[i][2 * j + 1], p[i], x[2], x[3]);
             }
         }
     }
+    return odd;
 }
 
-/* Row r of this CTA in out: where it begins. Parts of a split stream are contiguous f32. */
+/* Adds what psa__pv left out of V to the rows that see it. */
+template <class T, class S>
+PSA__DEVICE void psa__add_odd(const psa__job &job, int stage, int slot, float (&o)[S::MT][S::DP / 8][4])
+{
+    int lane = (int)threadIdx.x % 32;
+    int first = psa__here<S>().row0 + job.shift + (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
+    for (int r = 0; r < S::BN; r++) {
+        int row = psa__lds<int>(S::AT_ROWS + (uint32_t)(slot * S::BN + r) * 4); /* as in psa__add_biases */
+        uint32_t at = S::AT_KV + (uint32_t)(2 * stage + 1) * S::KV;
+#pragma unroll
+        for (int j = 0; j < S::DP / 8; j++) {
+            uint32_t x = psa__lds<uint32_t>(at + psa__at<S::DP>(r, j) + (uint32_t)(lane % 4 * 4));
+            uint32_t odd = x & ~psa__finite<T>(x);
+            if (odd == 0 || j >= job.Dv / 8) continue;
+#pragma unroll
+            for (int i = 0; i < S::MT * 2; i++) {
+                if (row > first + 8 * i) continue;
+                o[i / 2][j][i % 2 * 2] += psa__to_float(T(), (uint16_t)odd);
+                o[i / 2][j][i % 2 * 2 + 1] += psa__to_float(T(), (uint16_t)(odd >> 16));
+            }
+        }
+    }
+}
+
+/* Where row r of this CTA begins in out, or in its part. */
 PSA__DEVICE char *psa__out_row(const psa__job &job, const psa__attend_block &w, int r)
 {
     int row = w.row0 + r;
-    if (job.splits == 1) return psa__row(job.out, w.b, w.h, psa__token(job.order_q, w.b, w.h, row));
-    int64_t at = (((int64_t)blockIdx.y * job.B + w.b) * job.Hq + w.h) * job.Nq + row;
-    return reinterpret_cast<char *>(job.part + at * job.Dv);
+    if (job.splits > 1) return psa__row(job.part, w.b, w.h, row) + blockIdx.y * job.part_bytes;
+    return psa__row(job.out, w.b, w.h, psa__token(job.plan.desc.order_q, w.b, w.h, row));
 }
 
-/* O in 16 bits goes through the warp's rows of Q, which nobody else reads, and out in rows of 16-byte chunks. */
-template <class T, class S> PSA__DEVICE void psa__write_16(const psa__job &job, const float (&o)[S::MT][S::DP / 8][4])
-{
-    psa__attend_block w = psa__here<S>();
-    int lane = (int)threadIdx.x % 32, row0 = (int)threadIdx.x / 32 * 16 * S::MT, chunks = job.Dv / 8;
-    psa__sync_warp(); /* all lanes have read Q */
-#pragma unroll
-    for (int x = 0; x < S::MT * 2 * S::DP / 8; x++) {
-        int i = x / (S::DP / 8), j = x % (S::DP / 8);
-        uint32_t pair = psa__pack(T(), o[i / 2][j][i % 2 * 2], o[i / 2][j][i % 2 * 2 + 1]);
-        psa__sts(psa__at<S::DP>(row0 + 8 * i + lane / 4, j) + (uint32_t)lane % 4 * 4, pair);
-    }
-    psa__sync_warp();
-    for (int item = lane; item < 16 * S::MT * chunks; item += 32) {
-        int r = row0 + item / chunks, c = item % chunks;
-        psa__u4 u = psa__lds<psa__u4>(psa__at<S::DP>(r, c));
-        if (r < w.rows) *reinterpret_cast<psa__u4 *>(psa__out_row(job, w, r) + c * 16) = u;
-    }
-}
-
-template <class S> PSA__DEVICE void psa__write_32(const psa__job &job, const float (&o)[S::MT][S::DP / 8][4])
+/* A lane writes pairs of columns; four of them fill 16 or 32 bytes of a row. */
+template <class S> PSA__DEVICE void psa__write(const psa__job &job, const float (&o)[S::MT][S::DP / 8][4])
 {
     psa__attend_block w = psa__here<S>();
     int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
+    int type = job.splits > 1 ? PSA_F32 : job.out.type, pair = type == PSA_F32 ? 8 : 4;
 #pragma unroll
     for (int i = 0; i < S::MT * 2; i++) {
         if (first + 8 * i >= w.rows) continue;
-        char *to = psa__out_row(job, w, first + 8 * i) + lane % 4 * 8;
+        char *to = psa__out_row(job, w, first + 8 * i) + lane % 4 * pair;
 #pragma unroll
         for (int j = 0; j < S::DP / 8; j++) {
             psa__f2 x = {o[i / 2][j][i % 2 * 2], o[i / 2][j][i % 2 * 2 + 1]};
-            if (j < job.Dv / 8) *reinterpret_cast<psa__f2 *>(to + j * 32) = x;
+            if (j < job.Dv / 8) psa__store2(to + j * 4 * pair, type, x);
         }
     }
 }
@@ -1320,11 +1354,9 @@ PSA__DEVICE void psa__finish(const psa__job &job, float (&o)[S::MT][S::DP / 8][4
         int64_t head = (int64_t)w.b * job.Hq + w.h;
         if (lane % 4 != 0 || first + 8 * i >= w.rows) continue;
         if (job.splits > 1) job.part_lse[((int64_t)blockIdx.y * job.B * job.Hq + head) * job.Nq + row] = lse;
-        else if (job.lse) job.lse[head * job.Nq + psa__token(job.order_q, w.b, w.h, row)] = lse;
+        else if (job.lse) job.lse[head * job.Nq + psa__token(job.plan.desc.order_q, w.b, w.h, row)] = lse;
     }
-    if (job.splits > 1 || job.out.type == PSA_F32) psa__write_32<S>(job, o);
-    else if (job.out.type == PSA_F16) psa__write_16<psa__f16, S>(job, o);
-    else psa__write_16<psa__bf16, S>(job, o);
+    psa__write<S>(job, o);
 }
 
 /* Which query rows this CTA has: the heads of a KV head side by side, so that they find its rows in the L2 cache; with
@@ -1336,7 +1368,7 @@ PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM)
     int g = (int)(x % job.group), tile = (int)(x / job.group % tiles), head = (int)(x / job.group / tiles);
     if (job.causal) tile = (int)tiles - 1 - tile;
     int iq = tile / job.q_tiles, within = tile % job.q_tiles * BM, hkv = head % job.Hkv;
-    pooled = (int64_t)head * job.pooled_rows;
+    pooled = (int64_t)head * job.plan.pooled_rows;
     w.b = head / job.Hkv;
     w.h = hkv * job.group + g;
     w.row0 = iq * job.block_q + within;
@@ -1347,7 +1379,7 @@ PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM)
     w.pooled_k = job.pooled_k + pooled * job.D * 2;
     w.pooled_v = job.pooled_v + pooled * job.Dv * 2;
     w.n = 0;
-    for (int i = 0; i < job.n_levels; i++) {
+    for (int i = 0; i < job.plan.n_levels; i++) {
         w.n += job.count[(int64_t)w.task * PSA_MAX_LEVELS + i] << (job.log2_block_k - i);
     }
     return w;
@@ -1378,7 +1410,7 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
         if (i < end) psa__copy_tile<S>(job, i % S::RING, i % S::STAGES);
         psa__cp_commit();
     }
-    if (begin < end) psa__load_queries<T, S>(job); /* else nothing would come between this and the rows of O there */
+    psa__load_queries<T, S>(job);
 
     for (int i = begin; i < end; i++) { /* the inner loop */
         float s[S::MT][S::BN / 8][4];
@@ -1403,7 +1435,11 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
             bias = 0.0f;
         }
         psa__softmax<S>(scale, bias, s, o, m, l);
-        psa__pv<T, S>(job, i % S::STAGES, s, o);
+        if (plain || !job.causal) {
+            psa__pv<T, S, false>(job, i % S::STAGES, s, o);
+        } else if (psa__ballot(psa__pv<T, S, true>(job, i % S::STAGES, s, o))) {
+            psa__add_odd<T, S>(job, i % S::STAGES, slot, o);
+        }
         if (r < S::BN) psa__publish_row<S>(job, next, (ahead + 1) % S::RING, r);
     }
     psa__finish<S>(job, o, m, l);
@@ -1413,14 +1449,14 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
 /* >>combine: parts of a softmax over disjoint keys become one                                                       */
 /* ================================================================================================================= */
 
-/* One warp per row: its lanes go over the columns. With top = max lse and weight = exp(lse - top), out = sum of
- * weight * part / sum of weights. The parts are those of a split stream, or, in merge, the caller's two results. */
+/* One warp per row: its lanes go over pairs of columns. With top = max lse and weight = exp(lse - top), out = sum of
+ * weight * part / sum of weights. The parts are those of a split stream; in merge they are out, with its lse, and the
+ * caller's other result. */
 
-PSA__DEVICE void psa__store(char *row, int type, int i, float x)
+PSA__DEVICE float psa__part_lse(const psa__job &job, int i, int64_t row)
 {
-    if (type == PSA_F32) reinterpret_cast<float *>(row)[i] = x;
-    else if (type == PSA_F16) reinterpret_cast<uint16_t *>(row)[i] = (uint16_t)psa__pack(psa__f16(), x, x);
-    else reinterpret_cast<uint16_t *>(row)[i] = (uint16_t)psa__pack(psa__bf16(), x, x);
+    if (job.merges) return i == 0 ? job.lse[row] : job.part_lse[row];
+    return job.part_lse[(int64_t)i * job.B * job.Hq * job.Nq + row];
 }
 
 /* exp(lse - top); equal infinities give 1. */
@@ -1428,45 +1464,32 @@ PSA__DEVICE float psa__weight(float lse, float top) { return lse == top ? 1.0f :
 
 static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid_constant__ psa__job job)
 {
-    int64_t rows = (int64_t)job.B * job.Hq * job.Nq;
-    int64_t row = (int64_t)blockIdx.x * PSA__WARPS + threadIdx.x / 32, head = row / job.Nq;
-    int lane = (int)threadIdx.x % 32, b = (int)(head / job.Hq), h = (int)(head % job.Hq);
+    int64_t row = (int64_t)blockIdx.x * PSA__WARPS + threadIdx.x / 32, head = row / job.Nq, n = row % job.Nq;
+    int b = (int)(head / job.Hq), h = (int)(head % job.Hq);
     float top = -PSA__INF, sum = 0;
-    if (row >= rows) return;
+    if (head >= (int64_t)job.B * job.Hq) return;
     for (int i = 0; i < job.splits; i++) {
-        float lse = job.part_lse[i * rows + row];
+        float lse = psa__part_lse(job, i, row);
         top = lse > top || lse != lse ? lse : top;
     }
-    for (int i = 0; i < job.splits; i++) sum += psa__weight(job.part_lse[i * rows + row], top);
-    int64_t token = psa__token(job.order_q, b, h, (int)(row % job.Nq));
-    for (int c = lane; c < job.Dv; c += 32) {
-        float x = 0;
+    if (job.merges && top == -PSA__INF) return;
+    for (int i = 0; i < job.splits; i++) sum += psa__weight(psa__part_lse(job, i, row), top);
+    int64_t token = psa__token(job.plan.desc.order_q, b, h, (int)n);
+    for (int c = (int)threadIdx.x % 32 * 2; c < job.Dv; c += 64) {
+        psa__f2 x = {0, 0};
         for (int i = 0; i < job.splits; i++) {
-            float weight = psa__weight(job.part_lse[i * rows + row], top);
-            if (weight != 0) x += weight * job.part[(i * rows + row) * job.Dv + c];
+            const psa__view &part = job.merges && i == 0 ? job.out : job.part;
+            const char *from = psa__row(part, b, h, n) + i * job.part_bytes;
+            float weight = psa__weight(psa__part_lse(job, i, row), top);
+            if (weight == 0) continue;
+            x.x += weight * psa__load(from, part.type, c);
+            x.y += weight * psa__load(from, part.type, c + 1);
         }
-        psa__store(psa__row(job.out, b, h, token), job.out.type, c, x / sum);
-    }
-    if (lane == 0 && job.lse) job.lse[head * job.Nq + token] = top + logf(sum);
-}
-
-/* out and lse are those of the job; the other result is in q, with part_lse. */
-static __global__ void __launch_bounds__(PSA__THREADS) psa__merge(const __grid_constant__ psa__job job)
-{
-    int64_t row = (int64_t)blockIdx.x * PSA__WARPS + threadIdx.x / 32, head = row / job.Nq;
-    int lane = (int)threadIdx.x % 32, b = (int)(head / job.Hq), h = (int)(head % job.Hq);
-    if (row >= (int64_t)job.B * job.Hq * job.Nq) return;
-    char *to = psa__row(job.out, b, h, row % job.Nq), *from = psa__row(job.q, b, h, row % job.Nq);
-    float lse = job.lse[row], other = job.part_lse[row], top = lse > other || lse != lse ? lse : other;
-    if (top == -PSA__INF) return;
-    float wa = psa__weight(lse, top), wb = psa__weight(other, top);
-    for (int c = lane; c < job.Dv; c += 32) {
-        float x = wa != 0 ? wa * psa__load(to, job.out.type, c) : 0;
-        if (wb != 0) x += wb * psa__load(from, job.q.type, c);
-        psa__store(to, job.out.type, c, x / (wa + wb));
+        char *to = psa__row(job.out, b, h, token) + c * (job.out.type == PSA_F32 ? 4 : 2);
+        psa__store2(to, job.out.type, {x.x / sum, x.y / sum});
     }
     psa__sync_warp(); /* all have read lse */
-    if (lane == 0) job.lse[row] = top + logf(wa + wb);
+    if (threadIdx.x % 32 == 0 && job.lse) job.lse[head * job.Nq + token] = top + logf(sum);
 }
 
 /* ================================================================================================================= */
@@ -1492,6 +1515,10 @@ static int psa__padded_dim(const psa_plan *p)
 static int psa__tile_rows(const psa_plan *p) { return p->desc.block_q <= 64 || psa__padded_dim(p) == 256 ? 64 : 128; }
 static int psa__q_tiles(const psa_plan *p) { return (p->desc.block_q + psa__tile_rows(p) - 1) / psa__tile_rows(p); }
 static int64_t psa__map_rows(const psa_plan *p) { return p->B * p->Hq * p->nq; }
+static int64_t psa__mask_ctas(const psa_plan *p)
+{
+    return psa__map_rows(p) < PSA__MASK_CTAS ? psa__map_rows(p) : PSA__MASK_CTAS;
+}
 static bool psa__in_chunks(const psa_tensor *t) { return (t->nb[1] | t->nb[2] | t->nb[3]) % 16 == 0; }
 
 /* Whether attention cannot read the caller's K and V where they lie. */
@@ -1522,7 +1549,7 @@ static size_t psa__layout(const psa_plan *p, char *work, psa__job *job)
 {
     size_t at = 0;
     int64_t heads = p->B * p->Hkv, rows = psa__map_rows(p), map = rows * p->nk, splits = psa__splits(p);
-    int64_t copied = psa__copies(p) ? heads * p->Nk * 2 : 0, outs = splits > 1 ? splits * p->B * p->Hq * p->Nq : 0;
+    int64_t copied = psa__copies(p) ? heads * p->Nk * 2 : 0, outs = splits > 1 ? p->B * p->Hq * p->Nq * 4 : 0;
     char *copy_k = psa__take(work, &at, copied * p->D), *copy_v = psa__take(work, &at, copied * p->Dv);
     if (copied) {
         job->read_k = {copy_k, p->D * 2, p->Nk * p->D * 2, p->Hkv * p->Nk * p->D * 2, 0, 1};
@@ -1532,11 +1559,18 @@ static size_t psa__layout(const psa_plan *p, char *work, psa__job *job)
     job->pooled_v = psa__take(work, &at, heads * p->pooled_rows * p->Dv * 2);
     job->cap = (uint8_t *)psa__take(work, &at, p->desc.n_sim_min ? heads * p->nk : 0);
     job->scores = (float *)psa__take(work, &at, p->desc.mask == PSA_MASK_DENSE ? 0 : map * 4);
+    job->n_keys = 2;
+    while (job->n_keys < p->nk) job->n_keys *= 2;
+    bool far = p->desc.mask != PSA_MASK_DENSE && job->n_keys > PSA__NEAR_KEYS;
+    char *far_keys = psa__take(work, &at, far ? psa__mask_ctas(p) * job->n_keys * 8 : 0);
+    job->far_keys = far ? (uint64_t *)(void *)far_keys : nullptr;
     job->levels = (uint8_t *)psa__take(work, &at, map);
     job->count = (uint16_t *)psa__take(work, &at, rows * PSA_MAX_LEVELS * 2);
     job->index = (uint16_t *)psa__take(work, &at, map * 2);
-    job->part = (float *)psa__take(work, &at, outs * p->Dv * 4);
-    job->part_lse = (float *)psa__take(work, &at, outs * 4);
+    job->part_bytes = outs * p->Dv;
+    job->part = {psa__take(work, &at, splits * outs * p->Dv), p->Dv * 4, p->Nq * p->Dv * 4, p->Hq * p->Nq * p->Dv * 4,
+                 PSA_F32, 1};
+    job->part_lse = (float *)psa__take(work, &at, splits * outs);
     return at + 255; /* so that work may begin anywhere */
 }
 
@@ -1548,40 +1582,28 @@ static psa__view psa__view_of(const psa_tensor *t, const void *data)
 
 static void psa__job_mask(const psa_desc *d, psa__job *job)
 {
-    bool counted = false;
     int64_t end = 0;
-    job->mask = d->mask;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++) job->count_end[i] = end += d->level_count[i];
+    auto is_empty = [&](int i) { return end > 0 ? d->level_count[i] == 0 : d->level_end[i] == 0; };
     job->n_ends = PSA_MAX_LEVELS;
-    for (int i = 0; i < PSA_MAX_LEVELS; i++) {
-        counted |= d->level_count[i] > 0;
-        job->count_end[i] = end += d->level_count[i];
-        job->level_end[i] = d->level_end[i];
-    }
-    while (!counted && job->n_ends > 1 && d->level_end[job->n_ends - 1] == 0) job->n_ends--;
-    while (job->finest < job->n_ends - 1 &&
-           (counted ? d->level_count[job->finest] == 0 : d->level_end[job->finest] == 0)) {
-        job->finest++;
-    }
-    job->counted = counted;
-    job->inclusive = d->inclusive, job->min_full = d->min_full, job->skip_mean = d->skip_mean;
-    job->n_prefix = d->n_prefix, job->n_suffix = d->n_suffix, job->sink = d->sink, job->diagonal = d->diagonal;
-    job->n_sim_min = d->n_sim_min;
-    memcpy(job->sim_min, d->sim_min, sizeof job->sim_min);
+    while (end == 0 && job->n_ends > 1 && is_empty(job->n_ends - 1)) job->n_ends--;
+    while (job->finest < job->n_ends - 1 && is_empty(job->finest)) job->finest++;
 }
 
 static void psa__job_score(const psa_plan *p, psa__job *job)
 {
     const psa_desc *d = &p->desc;
     bool sample = d->score == PSA_SCORE_SAMPLE, pooled = d->score == PSA_SCORE_POOLED;
-    job->score = d->score;
     job->parts = d->score == PSA_SCORE_ANTIDIAGONAL ? d->stride : 1;
-    job->lanes = sample ? p->n_sample_q : pooled ? 1 : d->block_q / job->parts;
-    job->keys = sample ? p->n_sample_k : pooled ? 1 : d->block_k / job->parts;
+    job->lane_rows = pooled ? d->score_group[0] : job->parts;
+    job->key_rows = pooled ? d->score_group[1] : job->parts;
+    while (pooled && 1 << job->key_level < job->key_rows) job->key_level++;
+    job->biased = pooled && job->key_rows < d->block_k;
+    job->lanes = sample ? p->n_sample_q : d->block_q / job->lane_rows;
+    job->keys = sample ? p->n_sample_k : d->block_k / job->key_rows;
     job->columns = job->keys <= 8 ? 8 : (job->keys + 15) / 16 * 16;
     job->use_max = sample && !d->score_mean;
     job->norm = !sample || d->score_norm;
-    memcpy(job->sample_q, p->sample_q, sizeof job->sample_q);
-    memcpy(job->sample_k, p->sample_k, sizeof job->sample_k);
 }
 
 struct psa__choice { /* a kernel and its shared memory; 0: it does not fit */
@@ -1639,15 +1661,11 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
     if (((uintptr_t)q | (uintptr_t)k | (uintptr_t)v | (uintptr_t)out) % 16 != 0 || (out && !psa__in_chunks(&p->out))) {
         return psa__refuse(p, PSA_ERR_CUDA_ALIGN, "expected data, and strides of out, in multiples of 16 bytes");
     }
-    if (p->nk > 65535 || (p->desc.mask != PSA_MASK_DENSE && p->nk > PSA__MAX_RANKED) ||
-        psa__map_rows(p) * psa__q_tiles(p) > INT32_MAX || p->B * p->Hkv * p->nk > INT32_MAX) {
-        return psa__refuse(p, PSA_ERR_CUDA_SIZE, "expected at most 65535 KV blocks, 8192 if they are ranked");
-    }
-    if (p->desc.score == PSA_SCORE_POOLED &&
-        (p->desc.score_group[0] < p->desc.block_q || p->desc.score_group[1] < p->desc.block_k)) {
-        return psa__refuse(p, PSA_ERR_SCORE, "score_group: expected 0, whole blocks");
+    if (p->nk > 65535 || psa__map_rows(p) * psa__q_tiles(p) > INT32_MAX || p->B * p->Hkv * p->nk > INT32_MAX) {
+        return psa__refuse(p, PSA_ERR_CUDA_SIZE, "expected at most 65535 KV blocks");
     }
     memset(job, 0, sizeof *job);
+    job->plan = *p;
     job->shared_max = shared_max;
     job->B = (int)p->B, job->Hq = (int)p->Hq, job->Hkv = (int)p->Hkv, job->group = (int)(p->Hq / p->Hkv);
     job->Nq = (int)p->Nq, job->Nk = (int)p->Nk, job->D = (int)p->D, job->Dv = (int)p->Dv;
@@ -1661,12 +1679,7 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
     job->k = job->read_k = psa__view_of(&p->k, k);
     job->v = job->read_v = psa__view_of(&p->v, v);
     job->out = psa__view_of(&p->out, out);
-    job->order_q = {p->desc.order_q.index, p->desc.order_q.stride_h, p->desc.order_q.stride_b};
-    job->order_k = {p->desc.order_k.index, p->desc.order_k.stride_h, p->desc.order_k.stride_b};
     job->copies = psa__copies(p);
-    job->n_levels = p->n_levels;
-    job->pooled_rows = (int)p->pooled_rows;
-    for (int i = 0; i < PSA_MAX_LEVELS; i++) job->level_row[i] = (int)p->level_row[i];
     job->q_tiles = psa__q_tiles(p);
     job->splits = psa__splits(p);
     psa__job_score(p, job);
@@ -1717,13 +1730,12 @@ extern "C" psa_result psa_cuda_mask(const psa_plan *plan, const float *scores, v
                                     void *stream)
 {
     psa__job job;
-    int keys = 2;
     psa_result r = psa__job_init(&job, plan, nullptr, nullptr, nullptr, nullptr, work);
     if (r != PSA_OK) return r;
     if (scores) job.scores = (float *)(uintptr_t)scores;
     if (levels) job.levels = levels;
-    while (plan->desc.mask != PSA_MASK_DENSE && keys < plan->nk) keys *= 2;
-    return psa__run(plan, psa__mask, psa__map_rows(plan), 1, PSA__KEYS + (size_t)keys * 8, stream, job);
+    size_t near_keys = plan->desc.mask == PSA_MASK_DENSE || job.far_keys ? 0 : (size_t)job.n_keys;
+    return psa__run(plan, psa__mask, psa__mask_ctas(plan), 1, PSA__KEYS + near_keys * 8, stream, job);
 }
 
 extern "C" psa_result psa_cuda_list(const psa_plan *plan, const uint8_t *levels, void *work, void *stream)
@@ -1790,13 +1802,16 @@ extern "C" psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const ps
         if (out->ne[i] < 1 || out->ne[i] != part->ne[i]) return PSA_ERR_SHAPE;
     }
     if (out->ne[0] > PSA_MAX_D || out->ne[0] % 8 != 0) return PSA_ERR_HEAD_DIM;
+    if ((uintptr_t)out->data % 16 != 0 || !psa__in_chunks(out)) return PSA_ERR_CUDA_ALIGN;
     int64_t rows = out->ne[1] * out->ne[2] * out->ne[3];
     if (rows > INT32_MAX) return PSA_ERR_CUDA_SIZE;
     memset(&job, 0, sizeof job);
     job.Dv = (int)out->ne[0], job.Nq = (int)out->ne[1], job.Hq = (int)out->ne[2], job.B = (int)out->ne[3];
     job.out = psa__view_of(out, out->data);
-    job.q = psa__view_of(part, part->data);
-    job.lse = lse;
+    job.part = psa__view_of(part, part->data);
     job.part_lse = (float *)(uintptr_t)part_lse;
-    return psa__run(nullptr, psa__merge, (rows + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
+    job.lse = lse;
+    job.splits = 2;
+    job.merges = 1;
+    return psa__run(nullptr, psa__combine, (rows + PSA__WARPS - 1) / PSA__WARPS, 1, 0, stream, job);
 }

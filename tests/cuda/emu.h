@@ -389,8 +389,8 @@ static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int t
 
 #define PSA__LINE int line = __builtin_LINE()
 
-struct psa__bf16 {};
-struct psa__f16 {};
+struct psa__bf16 { static constexpr uint32_t EXPONENT = 0x7f80; };
+struct psa__f16 { static constexpr uint32_t EXPONENT = 0x7c00; };
 
 static inline float psa__as_float(uint32_t u)
 {

@@ -460,6 +460,38 @@ static void test_nan_stays_in_its_row()
     }
 }
 
+/* Inf and NaN in V reach the rows that see them, and none that causality hides them from. */
+static void test_odd_values_behind_the_diagonal()
+{
+    for (int i = 0; i < 6 * rounds; i++) {
+        shape s;
+        call c;
+        psa_desc desc = {};
+        s.Nq = s.Nk = 150;
+        s.D = s.Dv = i % 2 ? 128 : 40;
+        s.q = s.kv = i % 3 ? PSA_BF16 : PSA_F16;
+        desc.block_k = 32;
+        desc.causal = 1;
+        random_schedule();
+        if (!call_make(&c, s, desc)) return;
+        random_levels(c, 30, c.levels.as<uint8_t>());
+        for (int64_t n : {3, 70, 71, 149}) {
+            store(s.kv, element(c.v.t, n % s.Dv, n, 0, 0), n % 2 ? NAN : n == 70 ? INFINITY : -INFINITY);
+        }
+        cpu_attend(&c, c.levels.as<uint8_t>());
+        OK(psa_cuda_pool(&c.plan, c.k.t.data, c.v.t.data, c.work.data(), nullptr));
+        OK(psa_cuda_list(&c.plan, c.levels.as<uint8_t>(), c.work.data(), nullptr));
+        OK(psa_cuda_attend(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.work.data(), c.out.t.data, nullptr, nullptr));
+        int odd = 0, wrong = 0;
+        for (int64_t n = 0; n < s.Nq * s.Dv; n++) {
+            bool want = std::isfinite(load(PSA_F32, element(c.expected.t, n % s.Dv, n / s.Dv, 0, 0)));
+            odd += !want;
+            wrong += want != std::isfinite(load(s.out, element(c.out.t, n % s.Dv, n / s.Dv, 0, 0)));
+        }
+        CHECK(odd > 0 && wrong == 0, "%d elements wrong, %d are not finite: %s", wrong, odd, text_of(c).c_str());
+    }
+}
+
 /* ---- pool, score, mask ---- */
 
 static psa_desc random_scores()
@@ -475,6 +507,10 @@ static psa_desc random_scores()
     d.block_q = 16 << rnd_int(0, 3);
     d.block_k = 16 << rnd_int(0, 3);
     d.causal = rnd_chance(40);
+    if (rnd_chance(60)) { /* else whole blocks */
+        d.score_group[0] = d.block_q >> rnd_int(0, 4);
+        d.score_group[1] = d.block_k >> rnd_int(0, 4);
+    }
     return d;
 }
 
@@ -579,6 +615,32 @@ static void test_mask_random()
         size_t wrong = 0;
         for (size_t j = 0; j < c.cpu_levels.size(); j++) wrong += c.cpu_levels[j] != c.levels.as<uint8_t>()[j];
         CHECK(wrong == 0, "%zu of %zu levels differ", wrong, c.cpu_levels.size());
+        CHECK(c.levels.intact() && c.work.intact(), "bytes before a buffer were written");
+    }
+}
+
+/* More blocks than keys fit into shared memory; more query blocks than CTAs. */
+static void test_mask_sizes()
+{
+    static const int n[][2] = {{40, 16 * 8200}, {1100 * 16, 100}};
+    for (auto &size : n) {
+        shape s;
+        call c;
+        psa_desc desc = {};
+        s.Nq = size[0];
+        s.Nk = size[1];
+        s.D = s.Dv = 8;
+        desc.block_q = desc.block_k = 16;
+        desc.mask = PSA_MASK_THRESHOLD;
+        random_schedule();
+        if (!call_make(&c, s, desc)) return;
+        c.cpu_scores.resize(psa_map_size(&c.plan));
+        c.cpu_levels.resize(psa_map_size(&c.plan));
+        c.cpu_work.resize(psa_work_size(&c.plan));
+        for (float &x : c.cpu_scores) x = (float)rnd_int(0, 999);
+        psa_mask(&c.plan, c.cpu_scores.data(), c.cpu_work.data(), c.cpu_levels.data(), 0, 1);
+        OK(psa_cuda_mask(&c.plan, c.cpu_scores.data(), c.work.data(), c.levels.as<uint8_t>(), nullptr));
+        CHECK(!memcmp(c.levels.data(), c.cpu_levels.data(), c.cpu_levels.size()), "levels differ");
         CHECK(c.levels.intact() && c.work.intact(), "bytes before a buffer were written");
     }
 }
@@ -694,8 +756,9 @@ static std::vector<char> run_quietly(call *c)
         memset(b->data(), 0xff, b->size);
     }
     emu::m.opt.quiet = true;
-    psa_cuda_attention(&c->plan, c->q.t.data, c->k.t.data, c->v.t.data, c->out.t.data, &extra, c->work.data(),
-                       c->work.size, nullptr);
+    psa_result r = psa_cuda_attention(&c->plan, c->q.t.data, c->k.t.data, c->v.t.data, c->out.t.data, &extra,
+                                      c->work.data(), c->work.size, nullptr);
+    if (r == PSA_OK) psa_cuda_merge(&c->out.t, extra.lse, &c->q.t, extra.scores, nullptr); /* any numbers will do */
     return outputs_of(*c);
 }
 
@@ -705,7 +768,7 @@ static const emu::options schedules[] = {
     {emu::RANDOM, emu::EARLY, 0},  {emu::RANDOM, emu::LATE, 0},
 };
 
-/* Two calls that go through everything but a split stream: more tiles than stages, more steps than warps; THRESHOLD and
+/* Two calls that go through everything: more tiles than stages, more steps than warps; THRESHOLD and
  * TOPK, one strip of scores and two. */
 static bool call_of_everything(call *c, bool second)
 {
@@ -841,8 +904,9 @@ int main(int argc, char **argv)
         {"attend/sizes", test_attend_sizes},                  {"attend/random", test_attend_random},
         {"attend/dense", test_attend_dense},                  {"attend/split", test_attend_split},
         {"attend/nothing", test_attend_nothing},
-        {"attend/nan", test_nan_stays_in_its_row},            {"score/random", test_score_random},
-        {"score/two-passes", test_score_two_passes},          {"mask/random", test_mask_random},
+        {"attend/nan", test_nan_stays_in_its_row},            {"attend/odd-v", test_odd_values_behind_the_diagonal},
+        {"score/random", test_score_random},                  {"score/two-passes", test_score_two_passes},
+        {"mask/random", test_mask_random},                    {"mask/sizes", test_mask_sizes},
         {"call/random", test_one_call},                       {"call/merge", test_merge},
         {"call/errors", test_errors},
         {"schedule/same-bits", test_same_bits_under_every_schedule},
