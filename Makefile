@@ -3,6 +3,7 @@
 # make              build everything into build/
 # make bench        measure this machine (options: make bench ARGS="--n 4096 --threads 1")
 # make ggml         fetch ggml and build it into build/ggml, once: a peer for tools/bench_peers.py
+# make test-ggml    psa inside ggml (examples/ggml), in two versions of it, which are fetched and built once
 # make cuda         psa_cuda.o for every architecture, with checks of what nvcc made of it; says so if there is no nvcc
 # make fuzz       fuzz the reading of checkpoints
 # make check-symbols   what the header exports and needs
@@ -92,11 +93,33 @@ bench: $B/psa
 # The package on PyPI is ggml's source with Python bindings; headers and libraries land beside them, in include and lib.
 # GGML_NATIVE: all instruction sets of this CPU. CC and CXX on the command line reach CMake through the environment.
 ggml: $B/ggml
-$B/ggml:
-	@mkdir -p $B
+$B/ggml: | $B
 	@rm -rf $@.part && CMAKE_ARGS=-DGGML_NATIVE=ON $(PYTHON) -m pip install --no-cache-dir --target $@.part --no-deps \
 	    --no-binary ggml-python ggml-python==0.0.45 >$@.log 2>&1 && mv $@.part $@ || \
-	    echo "make ggml: skipped, $@.log says why; needs pip, PyPI and a C++ compiler" >&2
+	    { echo "make ggml: failed, $@.log says why; needs pip, PyPI and a C++ compiler" >&2; false; }
+$B:
+	@mkdir -p $@
+
+$B/ggml-new: | $B
+	PYTHON=$(PYTHON) tests/ggml/build.sh $@
+
+# Programs for a version of ggml lie beside its headers and libraries.
+GGML_BUILD = $(CC) $(FLAGS) -Iexamples/ggml -Itests/ggml -isystem $(@D)/include $< -o $@
+GGML_LINK  = -L$(@D)/lib -Wl,--disable-new-dtags,-rpath,$(abspath $(@D))/lib -lggml -lggml-cpu -lggml-base -lm -pthread
+GGML_NEEDS = $(HEADERS) $(wildcard */ggml/*.h) Makefile
+
+$B/%/test_ggml: tests/ggml/test_ggml.c $(GGML_NEEDS) | $B/%
+	$(GGML_BUILD) $(GGML_LINK)
+$B/%/plain: tests/ggml/plain.c $(GGML_NEEDS) | $B/%
+	$(GGML_BUILD) $(GGML_LINK)
+$B/%/libpsa_preload.so: examples/ggml/psa_preload.c $(GGML_NEEDS) | $B/%
+	$(GGML_BUILD) -shared -fPIC -ldl -lm
+
+test-ggml: $(foreach g,ggml ggml-new,$(addprefix $B/$g/,test_ggml plain libpsa_preload.so))
+	tests/ggml/preload.sh $B/ggml
+	tests/ggml/preload.sh $B/ggml-new
+	$B/ggml/test_ggml
+	$B/ggml-new/test_ggml
 
 # Everything that the header exports starts with psa_; it has no writable data, does not print or end the program, and
 # links with libc, libm and threads alone. PSA_STATIC exports nothing, PSA_NO_THREADS does without threads.
@@ -123,5 +146,5 @@ fuzz:
 clean:
 	rm -rf $B
 
-.PHONY: all deps demo test bench ggml check-symbols cuda fuzz clean
+.PHONY: all deps demo test bench ggml test-ggml check-symbols cuda fuzz clean
 .DELETE_ON_ERROR:
