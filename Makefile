@@ -112,14 +112,14 @@ $B/%/test_ggml: tests/ggml/test_ggml.c $(GGML_NEEDS) | $B/%
 	$(GGML_BUILD) $(GGML_LINK)
 $B/%/plain: tests/ggml/plain.c $(GGML_NEEDS) | $B/%
 	$(GGML_BUILD) $(GGML_LINK)
+$B/%/dit: examples/ggml/dit.c $(GGML_NEEDS) | $B/%
+	$(GGML_BUILD) $(GGML_LINK)
 $B/%/libpsa_preload.so: examples/ggml/psa_preload.c $(GGML_NEEDS) | $B/%
 	$(GGML_BUILD) -shared -fPIC -ldl -lm
 
-test-ggml: $(foreach g,ggml ggml-new,$(addprefix $B/$g/,test_ggml plain libpsa_preload.so))
-	tests/ggml/preload.sh $B/ggml
-	tests/ggml/preload.sh $B/ggml-new
-	$B/ggml/test_ggml
-	$B/ggml-new/test_ggml
+test-ggml: $(foreach g,ggml ggml-new,$(addprefix $B/$g/,test_ggml plain dit libpsa_preload.so))
+	@for g in ggml ggml-new; do \
+	    tests/ggml/preload.sh $B/$$g && tests/ggml/dit.sh $B/$$g && $B/$$g/test_ggml || exit 1; done
 
 # Everything that the header exports starts with psa_; it has no writable data, does not print or end the program, and
 # links with libc, libm and threads alone. PSA_STATIC exports nothing, PSA_NO_THREADS does without threads.

@@ -34,7 +34,7 @@ refused() { # refused NAME=VALUE EXPECTED: one line, exit status 2, nothing comp
     [ $rc = 2 ] && [ -z "$out" ] && [ "$(wc -l <"$dir/said")" = 1 ] && grep -q "$1: expected $2" "$dir/said"
 }
 
-for threads in 1 2 3; do
+for threads in 1 2; do
     stock=$("$dir/plain" $threads)
     : >"$dir/said"
     check 'stock ggml is exact' nmse "$stock" 'long' 0 1e-10

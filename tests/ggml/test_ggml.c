@@ -1,11 +1,15 @@
 /* test_ggml.c - psa_ggml.h inside ggml, against ggml's own flash attention and against psa_attention.
  *
- * build/test_ggml [--list] [--filter TEXT]         exit status: 0 all passed, 1 a check failed, 2 bad usage
- * make test-ggml builds it against two versions of ggml. */
+ * build/ggml/test_ggml [--list] [--filter TEXT]    exit status: 0 all passed, 1 a check failed, 2 bad usage
+ * build/ggml/test_ggml --bench [N]                 times at N tokens; default: 4096 and 16384
+ * make test-ggml builds it against two versions of ggml and runs the tests. */
+#define _POSIX_C_SOURCE 200809L
 #define PSA_IMPLEMENTATION
 #include "psa_ggml.h"
 
 #include "graph.h"
+
+#include "bench.h"
 
 /* ---- checks ----------------------------------------------------------------------------------------------------- */
 
@@ -357,17 +361,28 @@ static int run_all(const char *filter, int list) {
     return !list && (failed || !passed);
 }
 
+static int usage(const char *argument) {
+    fprintf(stderr, "test_ggml: %s: expected --list, --filter TEXT or --bench [N], N from 512 to 65536\n", argument);
+    return 2;
+}
+
 int main(int argc, char **argv) {
     const char *filter = NULL;
     int list = 0;
+    if (argc > 1 && !strcmp(argv[1], "--bench")) {
+        int64_t n = argc > 2 ? atoi(argv[2]) : 0;
+        if (argc > 3 || (argc == 3 && (n < 512 || n > 65536)))
+            return usage(argv[argc - 1]);
+        bench_all(n);
+        return 0;
+    }
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--list")) {
             list = 1;
         } else if (!strcmp(argv[i], "--filter") && i + 1 < argc) {
             filter = argv[++i];
         } else {
-            fprintf(stderr, "test_ggml: %s: expected --list or --filter TEXT\n", argv[i]);
-            return 2;
+            return usage(argv[i]);
         }
     }
     return run_all(filter, list);
