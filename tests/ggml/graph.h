@@ -72,8 +72,13 @@ static qkv inputs(graph *g, const shape *s) {
     return x;
 }
 
+/* Not the default of psa.h. */
+static float scale_of(const qkv *x) {
+    return 1.3f / sqrtf((float)x->q->ne[0]);
+}
+
 static struct ggml_tensor *flash_attention(graph *g, const qkv *x, struct ggml_tensor *mask) {
-    return ggml_flash_attn_ext(g->ctx, x->q, x->k, x->v, mask, 1 / sqrtf((float)x->q->ne[0]), 0, 0);
+    return ggml_flash_attn_ext(g->ctx, x->q, x->k, x->v, mask, scale_of(x), 0, 0);
 }
 
 /* Values that vary smoothly along the tokens, as those of videos do, with noise: blocks differ in importance. */

@@ -208,17 +208,22 @@ static void test_graph(void) {
 /* More threads in the backend than the plan has scratch for. */
 static void test_threads(void) {
     graph g = graph_new(4);
-    const psa_desc one = {.n_threads = 1}, three = {.n_threads = 3};
+    psa_desc desc[2] = {{.n_threads = 1}, {.n_threads = 3}};
     qkv x = inputs(&g, &graph_shape);
-    struct ggml_tensor *a = psa_ggml_attention(g.ctx, x.q, x.k, x.v, &one);
-    struct ggml_tensor *b = psa_ggml_attention(g.ctx, x.q, x.k, x.v, &three);
-    graph_output(&g, a);
-    graph_output(&g, b);
+    struct ggml_tensor *out[2];
+    for (int i = 0; i < 2; i++) {
+        out[i] = psa_ggml_attention(g.ctx, x.q, x.k, x.v, &desc[i]);
+        graph_output(&g, out[i]);
+    }
     graph_run(&g, &x);
-    float *u = values(a), *v = values(b);
-    CHECK(memcmp(u, v, ggml_nbytes(a)) == 0, "the number of threads changed the output");
-    free(u);
-    free(v);
+    float *want = malloc(ggml_nbytes(out[0]));
+    for (int i = 0; i < 2; i++) {
+        float *got = values(out[i]);
+        one_call(&desc[i], &x, want);
+        CHECK(memcmp(got, want, ggml_nbytes(out[i])) == 0, "%d threads of 4: other bits", desc[i].n_threads);
+        free(got);
+    }
+    free(want);
     graph_free(&g);
 }
 
@@ -297,7 +302,7 @@ static void test_refused_tensors(void) {
     struct ggml_tensor *wide = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, 264, 640, 2);
     struct ggml_tensor *heads = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, 64, 640, 3);
     struct ggml_tensor *turned = ggml_permute(g.ctx, ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, 640, 64, 2), 1, 0, 2, 3);
-    struct ggml_tensor *map = ggml_new_tensor_3d(g.ctx, GGML_TYPE_I8, 9, 5, 2);
+    const int64_t maps[][4] = {{9, 5, 2, 1}, {10, 4, 2, 1}, {10, 5, 1, 1}, {10, 5, 2, 2}}; /* expected: 10, 5, 2, 1 */
     const psa_desc unknown = {.block_q = 7, .log_fn = log_line, .log_user = logged};
     REFUSED(psa_ggml_attention(g.ctx, x.q, t, t, &logging), "q8_0");
     REFUSED(psa_ggml_attention(g.ctx, x.q, NULL, x.v, &logging), "NULL");
@@ -305,7 +310,11 @@ static void test_refused_tensors(void) {
     REFUSED(psa_ggml_attention(g.ctx, heads, x.k, x.v, &logging), "head");
     REFUSED(psa_ggml_attention(g.ctx, x.q, turned, x.v, &logging), "k");
     REFUSED(psa_ggml_attention(g.ctx, x.q, x.k, x.v, &unknown), "block_q");
-    REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, map, &logging), "levels");
+    for (int i = 0; i < 4; i++)
+        REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, ggml_new_tensor(g.ctx, GGML_TYPE_I8, 4, maps[i]), &logging),
+                "levels");
+    t = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F16, 10, 5, 2);
+    REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, t, &logging), "levels");
     REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, NULL, &logging), "levels");
     graph_free(&g);
 }
