@@ -170,8 +170,8 @@ static void leaves_smallest_odd(void) { every_isa(300, check_smallest_odd); }
 typedef struct block {
     psa__errors e;
     int nv, lanes, rows; /* lanes of a tile, rows of s */
-    float *s, *spread;
-    double *kept; /* s as it was */
+    float *s, *known; /* known: mass, noise, share */
+    double *kept;     /* s as it was */
 } block;
 
 static block block_new(const psa__leaves *f) {
@@ -179,19 +179,22 @@ static block block_new(const psa__leaves *f) {
     memset(&b, 0, sizeof b);
     b.nv = rnd_int(1, f->max_nv), b.lanes = b.nv * f->lanes;
     b.e.fine = rnd_int(1, 5), b.e.coarse = rnd_int(0, 3);
-    b.e.rows[0] = rnd_int(1, 20);
+    b.e.rows[0] = rnd_int(1, 20), b.e.groups = b.e.rows[0] + rnd_int(0, 3);
     b.rows = b.e.rows[0];
     for (int i = 1; i <= b.e.coarse; i++)
         b.rows += b.e.rows[i] = (b.e.rows[i - 1] + 1) / 2;
     b.e.plane = b.lanes + rnd_int(0, 40);
     b.s = (float *)xmalloc((size_t)(b.rows * b.lanes) * sizeof *b.s);
-    b.spread = (float *)xmalloc((size_t)(b.e.rows[0] * b.e.fine) * sizeof *b.spread);
+    int known = b.e.groups * (2 * b.e.fine + b.e.coarse);
+    b.known = (float *)xmalloc((size_t)known * sizeof *b.known);
     for (int i = 0; i < b.rows * b.lanes; i++)
         b.s[i] = rnd_chance(3) ? NAN : rnd_chance(2) ? -INFINITY : (float)(5 * rnd_normal());
-    for (int i = 0; i < b.e.rows[0] * b.e.fine; i++)
-        b.spread[i] = (float)(3 * rnd_uniform());
+    for (int i = 0; i < known; i++)
+        b.known[i] = (float)(3 * rnd_uniform());
+    for (int i = 0; i < b.e.fine + b.e.coarse; i++)
+        b.e.value[i] = (float)rnd_uniform();
     b.kept = doubles_of(b.s, (size_t)(b.rows * b.lanes));
-    b.e.spread = b.spread;
+    b.e.mass = b.known, b.e.noise = b.e.mass + b.e.groups * b.e.fine, b.e.share = b.e.noise + b.e.groups * b.e.fine;
     return b;
 }
 
@@ -200,7 +203,7 @@ static void check_exp(const psa__leaves *f, const char *what, double got, double
     CHECK(fabs(got - want) <= power * 5e-6 * size + 1e-37, "%s, %s: %.9g, expected %.9g", f->name, what, got, want);
 }
 
-static void block_free(block *b) { free(b->s), free(b->spread), free(b->kept); }
+static void block_free(block *b) { free(b->s), free(b->known), free(b->kept); }
 
 /* exp2 of a logit that is seen, 0 of one that is not. */
 static double mass_of(const block *b, int row, int lane, double top) {
@@ -222,24 +225,40 @@ static void check_block_lane(const psa__leaves *f, const block *b, int lane, flo
         all += mass_of(b, g, lane, top);
     CHECK((double)bm == top, "%s: maximum %g, expected %g", f->name, (double)bm, top);
     check_exp(f, "bs", (double)bs, all, all, 1);
+    double inside = 0;
     for (int i = 0; i < b->e.fine; i++) {
-        double want = 0;
-        for (int g = 0; g < b->e.rows[0]; g++)
-            want += mass_of(b, g, lane, top) * (double)b->spread[g * b->e.fine + i];
-        check_exp(f, "fine", (double)x[i * b->e.plane + lane], want, want, 1);
+        double missed = 0, noise = 0;
+        for (int g = 0; g < b->e.rows[0]; g++) {
+            double mass = mass_of(b, g, lane, top);
+            missed += mass * (double)b->e.mass[g * b->e.fine + i];
+            noise += mass * mass * (double)b->e.noise[g * b->e.fine + i];
+        }
+        inside = noise * (double)b->e.value[i];
+        double want = missed * missed + inside;
+        check_exp(f, "fine", (double)x[i * b->e.plane + lane], want, want, 2);
     }
     for (int i = 0; i < b->e.coarse; i++) {
-        double sum = 0;
-        for (int g = 0; g < b->e.rows[1 + i]; g++, row++)
-            sum += mass_of(b, row, lane, top);
-        check_exp(f, "coarse", (double)x[(b->e.fine + i) * b->e.plane + lane], all - sum, all + sum, 1);
+        double sum = 0, off = 0, size = 0;
+        for (int t = 0; t < b->e.rows[1 + i]; t++, row++) {
+            double mass = mass_of(b, row, lane, top);
+            sum += mass;
+            for (int g = t << (i + 1); g < (t + 1) << (i + 1) && g < b->e.rows[0]; g++) {
+                double is = mass_of(b, g, lane, top), share = mass * (double)b->e.share[i * b->e.groups + g];
+                off += (is - share) * (is - share);
+                size += (is + share) * (is + share);
+            }
+        }
+        double value = (double)b->e.value[b->e.fine + i];
+        check_exp(f, "coarse", (double)x[(b->e.fine + i) * b->e.plane + lane],
+                  (all - sum) * (all - sum) + off * value + inside, (all + sum) * (all + sum) + size * value + inside, 2);
     }
+    check_exp(f, "skip", (double)x[(b->e.fine + b->e.coarse) * b->e.plane + lane], all * all, all * all, 2);
 }
 
 static void check_block_error(const psa__leaves *f, int round) {
     (void)round;
     block b = block_new(f);
-    int64_t planes = b.e.fine + b.e.coarse;
+    int64_t planes = b.e.fine + b.e.coarse + 1;
     guarded memory = guarded_new((size_t)((planes - 1) * b.e.plane + b.lanes) * sizeof(float), 0);
     float bm[64], bs[64], *x = (float *)guarded_data(&memory);
     f->block_error(b.nv, b.s, &b.e, bm, bs, x);
@@ -260,6 +279,8 @@ static void check_row_error(const psa__leaves *f, int round) {
     guarded memory = guarded_new((size_t)(n_x * n_row) * sizeof(float), 0);
     float *error = (float *)guarded_data(&memory);
     fill(bm, n * lanes, 4), fill(x, n_x * n * lanes, 1);
+    for (int64_t i = 0; i < n_x * n * lanes; i++)
+        x[i] = fabsf(x[i]);
     for (int64_t i = 0; i < lanes; i++) {
         m[i] = (float)(5 + rnd_uniform()), z[i] = i >= lanes - 9 ? 0 : (float)rnd_uniform();
         for (int64_t j = 0; j < n; j++) /* no block is above the maximum of its lane */
@@ -271,8 +292,7 @@ static void check_row_error(const psa__leaves *f, int round) {
             double want = 0;
             for (int64_t i = 0; i < lanes; i++) {
                 double e = (double)z[i] * exp2((double)bm[j * lanes + i] - (double)m[i]);
-                e *= (double)x[(at * n + j) * lanes + i];
-                want += e * e;
+                want += e * e * (double)x[(at * n + j) * lanes + i];
             }
             check_exp(f, "row_error", (double)error[at * n_row + j], want, want, 2);
         }
