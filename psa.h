@@ -3038,6 +3038,7 @@ PSA__DEF const int32_t *psa_tree_order(const psa_plan *plan, const void *work, i
 {
     psa_plan p;
     const psa_order *o = keys ? &p.desc.order_k : &p.desc.order_q;
+    memset(&p, 0, sizeof p); /* gcc -O3 does not see that psa__enter fills it */
     if (psa__enter(plan, work, 0, 1, &p) != PSA_OK || p.n_levels == 1 || !p.desc.tree) return NULL;
     if (!keys && p.desc.tree != PSA_TREE_QKV) return NULL;
     if (b < 0 || b >= p.B || h < 0 || h >= (keys ? p.Hkv : p.Hq)) return NULL;
