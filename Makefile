@@ -20,20 +20,22 @@ FLAGS   = $(STD) -I. -Itools $(WARN) $(CFLAGS) $(CPPFLAGS) -DPSA_CFLAGS='"$(CFLA
 HEADERS = $(wildcard *.h */*.h)
 object  = $(patsubst %.c,$B/%.o,$1)
 
-all: $B/psa $B/classify $B/clips $B/test_psa $B/npydiff
+all: $B/psa $B/fidelity $B/classify $B/clips $B/test_psa $B/npydiff
 
 $B/psa: $(call object,tools/psa.c)
+$B/fidelity: $(call object,tools/fidelity.c)
 $B/clips: $(call object,tools/clips.c)
 $B/classify: $(call object,$(wildcard examples/classify*.c))
-$B/psa: LDLIBS += -lcjson
+$B/psa $B/fidelity: LDLIBS += -lcjson
 $B/classify: LDLIBS += -lcjson -lopenblas
 $B/test_psa: $(call object,$(filter-out tests/npydiff.c,$(wildcard tests/*.c)))
 $B/npydiff: $(call object,tests/npydiff.c)
 $B/readme: $B/readme.o
+$B/tools/fidelity.o: WARN += -Wno-unused-function # it takes but parts of run.h and draw.h
 $B/tools/clips.o: CFLAGS += -ffp-contract=off # the same clips everywhere
 $B/examples/classify.o: CFLAGS += -O3 # its loops over rows are written for the vectoriser
 
-$B/psa $B/classify $B/clips $B/test_psa $B/npydiff $B/readme:
+$B/psa $B/fidelity $B/classify $B/clips $B/test_psa $B/npydiff $B/readme:
 	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS) -lm -pthread
 
 # deps goes first where it is asked for, with make -j too.
