@@ -35,10 +35,6 @@
 
 /* ---- options ---------------------------------------------------------------------------------------------------- */
 
-static const char *grid_order_name(int i) {
-    return i <= PSA_ORDER_GILBERT ? order_name(i) : NULL;
-}
-
 #define OWN(field) offsetof(arguments, field)
 
 /* What the psa command does not have. */
@@ -70,7 +66,8 @@ static const option own_options[] = {
     {"--dense", NULL, "dense attention", CMD_CLASSIFY, FLAG, OWN(dense), PLAIN},
     {"--type", "NAME", "f32, f16 or bf16: how q, k and v are kept; default f32", CMD_CLASSIFY, NAME, OWN(psa.type),
      NAMES(type_name)},
-    {"--order", "NAME", "none or gilbert; default none", CMD_CLASSIFY, NAME, OWN(psa.order), NAMES(grid_order_name)},
+    {"--order", "NAME", "none, gilbert, tree, or tree_kv (gilbert for q); default none", CMD_CLASSIFY, NAME,
+     OWN(psa.order), NAMES(order_name)},
 };
 
 static const syntax classify_syntax = {"classify", CMD_CLASSIFY, own_options, sizeof own_options / sizeof *own_options};
@@ -80,7 +77,16 @@ static void check_preset(options *o) {
     if (o->desc.causal)
         die("--preset %s: is for causal attention, which these models do not have", psa_preset_name(o->preset));
     o->desc.n_prefix = o->desc.n_suffix = 0;
-    if (o->order != PSA_ORDER_NONE) o->order = PSA_ORDER_GILBERT;
+    if (o->order != PSA_ORDER_NONE && o->order < ORDER_TREE) o->order = PSA_ORDER_GILBERT;
+}
+
+/* Trees are the library's, the rest is a grid order. */
+static void check_order(options *o) {
+    if (o->order >= PSA_ORDER_TILE && o->order <= PSA_ORDER_HYBRID)
+        die("--order '%s': expected one of none, gilbert, tree, tree_kv", order_name(o->order));
+    if (o->order < ORDER_TREE) return;
+    o->desc.tree = o->order == ORDER_TREE ? PSA_TREE_QKV : PSA_TREE_KV;
+    o->order = o->order == ORDER_TREE ? PSA_ORDER_NONE : PSA_ORDER_GILBERT;
 }
 
 static void check_arguments(const arguments *a) {
@@ -89,6 +95,7 @@ static void check_arguments(const arguments *a) {
         die("expected MODEL and either videos, --pixels, --frames or --eval (--help says more)");
     if (a->dense && a->psa.compare) die("--dense and --compare exclude each other");
     if (a->dense && a->png) die("--dense and --png exclude each other: dense attention reads everything");
+    if (a->psa.desc.tree && a->png) die("--png: shows one order of all heads, and with trees every head has its own");
     int many = a->pixels || a->eval || a->n_videos > 1 || a->how.clips * a->how.crops > 1;
     if ((a->save_pixels || a->png) && many)
         die("%s takes exactly one video with one clip and one crop", a->png ? "--png" : "--save-pixels");
@@ -105,6 +112,7 @@ static int read_arguments(arguments *a, int argc, char **argv) {
     int rc = parse_options(o, &classify_syntax, argc - 1, argv + 1);
     if (rc != 0 || o->help) return rc;
     if (o->preset >= 0) check_preset(o);
+    check_order(o);
     if (o->type < 0) o->type = PSA_F32;
     a->model = o->words[0];
     a->videos = o->words + 1;

@@ -611,7 +611,8 @@ static void prepare_desc(encoder *e, const psa_desc *desc, psa_order_kind order)
     e->desc.alloc_user = e;
     e->desc.log_fn = keep_detail;
     e->desc.log_user = e;
-    e->desc.order_q.index = e->desc.order_k.index = order == PSA_ORDER_GILBERT ? e->gilbert : NULL;
+    e->desc.order_q.index = order == PSA_ORDER_GILBERT ? e->gilbert : NULL;
+    e->desc.order_k.index = desc->tree ? NULL : e->desc.order_q.index;
     if (e->n < FEWEST_KV_BLOCKS * (int64_t)block_k) e->desc.mask = PSA_MASK_DENSE;
     e->is_dense = e->desc.mask == PSA_MASK_DENSE;
 }
