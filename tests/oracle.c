@@ -1,6 +1,7 @@
 /* oracle.c - the definition, loop by loop. Slow and obvious on purpose. */
 #include "oracle.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,6 +45,9 @@ void oracle_init(oracle *o, const psa_desc *desc, int64_t B, int64_t Hq, int64_t
         o->desc.block_k = 64;
     if (!o->desc.stride)
         o->desc.stride = 8;
+    for (int i = 0; i < 2; i++)
+        if (!o->desc.score_group[i])
+            o->desc.score_group[i] = desc->mask == PSA_MASK_ERROR ? 8 : i ? o->desc.block_k : o->desc.block_q;
     default_levels(&o->desc);
     o->scale = desc->scale != 0 ? (double)desc->scale : 1 / sqrt((double)D);
     o->nq = (Nq + o->desc.block_q - 1) / o->desc.block_q;
@@ -107,29 +111,69 @@ typedef struct stream {
     int64_t n;
 } stream;
 
-static void stream_append(const oracle *o, stream *s, int64_t b, int64_t h, range c) {
-    double n = (double)(c.end - c.begin), *k = s->k + s->n * o->D, *v = s->v + s->n * o->Dv;
-    memset(k, 0, (size_t)o->D * sizeof *k);
-    memset(v, 0, (size_t)o->Dv * sizeof *v);
-    for (int64_t j = c.begin; j < c.end; j++) {
-        const double *kj = k_row(o, b, h, j), *vj = v_row(o, b, h, j);
+/* Mean and variance of every element of the queries that read a KV head; rows that are not finite are left out. */
+static void moments(const oracle *o, int64_t b, int64_t h, double *mean, double *variance) {
+    int64_t group = o->Hq / o->Hkv, first = kv_head(o, h) * group;
+    double n = 0, square[PSA_MAX_D] = {0};
+    memset(mean, 0, (size_t)o->D * sizeof *mean);
+    for (int64_t row = 0; row < group * o->Nq; row++) {
+        const double *q = q_row(o, b, first + row / o->Nq, row % o->Nq);
+        if (!(dot(q, q, o->D) <= (double)FLT_MAX))
+            continue;
+        n++;
         for (int64_t d = 0; d < o->D; d++)
-            k[d] += kj[d] / n;
-        for (int64_t d = 0; d < o->Dv; d++)
-            v[d] += vj[d] / n;
+            mean[d] += q[d], square[d] += q[d] * q[d];
     }
-    s->bias[s->n] = log(n);
-    s->last[s->n++] = c.end - 1;
+    for (int64_t d = 0; d < o->D; d++) {
+        mean[d] = n > 0 ? mean[d] / n : 0;
+        variance[d] = n > 0 ? fmax(square[d] / n - mean[d] * mean[d], 0) : 0;
+    }
+}
+
+static double ln_cosh(double x) { return x + log1p(exp(-2 * x)) - log(2); }
+
+/* A group of keys as one token: k[D], v[Dv] if not NULL; returns h of SPEC section 10, half the variance that the
+ * queries' spread gives its logits. */
+static double pool_group(const oracle *o, int64_t b, int64_t h, range c, const double *mean, const double *variance,
+                         double *k, double *v, double *bias) {
+    double w[PSA_MAX_BLOCK_K], top = -INFINITY, sum = 0, half = 0, inside = 0;
+    int64_t n = c.end - c.begin;
+    for (int64_t j = 0; j < n; j++) {
+        w[j] = o->desc.tilt ? o->scale * dot(mean, k_row(o, b, h, c.begin + j), o->D) : 0;
+        top = fmax(top, w[j]);
+    }
+    for (int64_t j = 0; j < n; j++)
+        sum += exp(w[j] - top);
+    memset(k, 0, (size_t)o->D * sizeof *k);
+    if (v)
+        memset(v, 0, (size_t)o->Dv * sizeof *v);
+    for (int64_t j = 0; j < n; j++) {
+        double p = exp(w[j] - top) / sum;
+        inside += p * w[j];
+        w[j] = p;
+        for (int64_t d = 0; d < o->D; d++)
+            k[d] += p * k_row(o, b, h, c.begin + j)[d];
+        for (int64_t d = 0; v && d < o->Dv; d++)
+            v[d] += p * v_row(o, b, h, c.begin + j)[d];
+    }
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t d = 0; d < o->D; d++)
+            half += .5 * o->scale * o->scale * w[j] * variance[d] * pow(k_row(o, b, h, c.begin + j)[d] - k[d], 2);
+    *bias = top + log(sum) - inside + (o->desc.tilt ? ln_cosh(sqrt(2 * half)) : 0);
+    return half;
 }
 
 static void stream_build(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, int64_t I, stream *s) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D];
+    moments(o, b, h, mean, variance);
     s->n = 0;
     for (int64_t J = 0; J < o->nk; J++) {
         int64_t L = oracle_level(o, levels, b, h, I, J);
         range keys = keys_of(o, J);
-        for (int64_t t = keys.begin; L > 0 && t < keys.end; t += L) {
+        for (int64_t t = keys.begin; L > 0 && t < keys.end; t += L, s->n++) {
             range group = {t, least(t + L, keys.end)};
-            stream_append(o, s, b, h, group);
+            pool_group(o, b, h, group, mean, variance, s->k + s->n * o->D, s->v + s->n * o->Dv, s->bias + s->n);
+            s->last[s->n] = group.end - 1;
         }
     }
 }
@@ -301,34 +345,41 @@ static void mean_rows(const double *x, range r, int64_t D, double *mean) {
     }
 }
 
-/* Means of groups; ln c where a group is less than a block. A key group is seen from its first token on. */
+/* Logits of the mean of rows against the groups of L keys of the sequence, one for every L keys, and the log of their
+ * sum. Groups the last of the rows does not see are -inf. */
+static double group_logits(const oracle *o, int64_t b, int64_t h, range rows, int64_t L, int biased, double *logit) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D], q[PSA_MAX_D], k[PSA_MAX_D], bias, top = -INFINITY, sum = 0;
+    moments(o, b, h, mean, variance);
+    mean_rows(q_row(o, b, h, 0), rows, o->D, q);
+    for (int64_t j = 0; j < o->Nk; j += L) {
+        range keys = {j, least(j + L, o->Nk)};
+        pool_group(o, b, h, keys, mean, variance, k, NULL, &bias);
+        logit[j / L] = sees(o, rows.end - 1, j) ? o->scale * dot(q, k, o->D) + (biased ? bias : 0) : -INFINITY;
+        top = fmax(top, logit[j / L]);
+    }
+    for (int64_t j = 0; j < o->Nk; j += L)
+        sum += logit[j / L] == -INFINITY ? 0 : exp(logit[j / L] - top);
+    return top + log(sum);
+}
+
+/* Means of groups, with their biases where a group is less than a block, and always for mask ERROR. */
 void oracle_score_pooled(const oracle *o, double *scores) {
-    int64_t gq = o->desc.score_group[0] ? o->desc.score_group[0] : o->desc.block_q;
-    int64_t gk = o->desc.score_group[1] ? o->desc.score_group[1] : o->desc.block_k;
-    double q[PSA_MAX_D], k[PSA_MAX_D], *p = zeros(o->Nk);
+    int64_t gq = o->desc.score_group[0], gk = o->desc.score_group[1];
+    int biased = gk < o->desc.block_k || o->desc.mask == PSA_MASK_ERROR;
+    double *logit = zeros(o->Nk);
     memset(scores, 0, (size_t)oracle_map_size(o) * sizeof *scores);
-    for (int64_t head = 0; head < o->B * o->Hq; head++)
-        for (int64_t I = 0; I < o->nq; I++)
-            for (int64_t first = rows_of(o, I).begin; first < rows_of(o, I).end; first += gq) {
-                range rows = {first, first + gq < rows_of(o, I).end ? first + gq : rows_of(o, I).end};
-                int64_t h = head % o->Hq, b = head / o->Hq;
-                double top = -INFINITY, sum = 0;
-                mean_rows(q_row(o, b, h, 0), rows, o->D, q);
-                for (int64_t j = 0; j < o->Nk; j += gk) {
-                    range keys = {j, j + gk < o->Nk ? j + gk : o->Nk};
-                    mean_rows(k_row(o, b, h, 0), keys, o->D, k);
-                    p[j] = o->scale * dot(q, k, o->D) + (gk < o->desc.block_k ? log((double)(keys.end - j)) : 0);
-                    p[j] = sees(o, rows.end - 1, j) ? p[j] : -INFINITY;
-                    top = fmax(top, p[j]);
-                }
-                for (int64_t j = 0; j < o->Nk; j += gk)
-                    sum += p[j] == -INFINITY ? 0 : exp(p[j] - top);
-                for (int64_t j = 0; j < o->Nk; j += gk)
-                    if (p[j] > -INFINITY)
-                        scores[pair_at(o, b, h, I, j / o->desc.block_k)] += exp(p[j] - top) / sum;
-            }
+    for (int64_t row = 0; row < o->B * o->Hq * o->nq; row++) {
+        int64_t I = row % o->nq, h = row / o->nq % o->Hq, b = row / o->nq / o->Hq;
+        for (int64_t first = rows_of(o, I).begin; first < rows_of(o, I).end; first += gq) {
+            range rows = {first, least(first + gq, rows_of(o, I).end)};
+            double total = group_logits(o, b, h, rows, gk, biased, logit);
+            for (int64_t j = 0; j < o->Nk; j += gk)
+                if (logit[j / gk] > -INFINITY)
+                    scores[pair_at(o, b, h, I, j / o->desc.block_k)] += exp(logit[j / gk] - total);
+        }
+    }
     normalise(o, scores);
-    free(p);
+    free(logit);
 }
 
 void oracle_score_exact(const oracle *o, double *scores) {
@@ -463,14 +514,10 @@ static int protected_pair(const oracle *o, int64_t I, int64_t J) {
     return key_side || query_side || (d->sink && J == 0) || own;
 }
 
-void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
-    int64_t *order = (int64_t *)malloc((size_t)o->nk * sizeof *order);
-    memset(levels, 0, (size_t)oracle_map_size(o));
-    for (int64_t row = 0; order && row < o->B * o->Hq * o->nq; row++) {
+void oracle_protect(const oracle *o, uint8_t *levels) {
+    for (int64_t row = 0; row < o->B * o->Hq * o->nq; row++) {
         int64_t I = row % o->nq, h = row / o->nq % o->Hq, b = row / o->nq / o->Hq;
         uint8_t *level = levels + row * o->nk;
-        if (o->desc.mask != PSA_MASK_DENSE)
-            rank_levels(o, I, scores + row * o->nk, level, order);
         for (int64_t J = 0; J < o->nk; J++) {
             visibility seen = oracle_pair(o, I, J);
             int cap = o->desc.n_sim_min > 0 ? oracle_cap(o, b, h, J) : o->desc.block_k;
@@ -484,7 +531,76 @@ void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
                 level[J] = 0;
         }
     }
+}
+
+void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
+    int64_t *order = (int64_t *)malloc((size_t)o->nk * sizeof *order);
+    memset(levels, 0, (size_t)oracle_map_size(o));
+    for (int64_t row = 0; order && o->desc.mask != PSA_MASK_DENSE && row < o->B * o->Hq * o->nq; row++)
+        rank_levels(o, row % o->nq, scores + row * o->nk, levels + row * o->nk, order);
+    oracle_protect(o, levels);
     free(order);
+}
+
+/* ---- predicted errors
+ * --------------------------------------------------------------------------------------------------- */
+
+/* ln cosh of the mean spread of the groups of L keys in each group of the score. */
+static void group_spreads(const oracle *o, int64_t b, int64_t h, int64_t L, double *spread) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], bias;
+    int64_t gk = o->desc.score_group[1];
+    moments(o, b, h, mean, variance);
+    for (int64_t g = 0; g < o->Nk; g += gk) {
+        double sum = 0, n = 0;
+        for (int64_t t = g; t < least(g + gk, o->Nk); t += L, n++) {
+            range keys = {t, least(t + L, o->Nk)};
+            sum += pool_group(o, b, h, keys, mean, variance, k, NULL, &bias);
+        }
+        spread[g / gk] = ln_cosh(sqrt(2 * sum / n));
+    }
+}
+
+/* Adds the square of what the rows' mean loses in each block at level i, and at PSA_MAX_LEVELS where it is skipped. */
+static void add_errors(const oracle *o, int64_t b, int64_t h, range rows, double *const *spread, double *logit,
+                       double *coarse, double *e) {
+    int64_t gk = o->desc.score_group[1];
+    double total = group_logits(o, b, h, rows, gk, 1, logit);
+    for (int64_t L = 1, i = 0; L <= o->desc.block_k; L *= 2, i++) {
+        if (L > gk)
+            group_logits(o, b, h, rows, L, 1, coarse);
+        for (int64_t J = 0; J < o->nk; J++) {
+            double mass = 0, lost = 0;
+            for (int64_t j = keys_of(o, J).begin; j < keys_of(o, J).end; j += gk) {
+                double p = exp(logit[j / gk] - total);
+                mass += p;
+                lost += L > gk ? p : L > 1 ? p * spread[i][j / gk] : 0;
+            }
+            for (int64_t j = keys_of(o, J).begin; L > gk && j < keys_of(o, J).end; j += L)
+                lost -= exp(coarse[j / L] - total);
+            e[J * (PSA_MAX_LEVELS + 1) + i] += lost * lost;
+            if (L == 1)
+                e[J * (PSA_MAX_LEVELS + 1) + PSA_MAX_LEVELS] += mass * mass;
+        }
+    }
+}
+
+void oracle_errors(const oracle *o, int64_t b, int64_t h, int64_t I, double *e) {
+    double *logit = zeros(o->Nk), *coarse = zeros(o->Nk), *spread[PSA_MAX_LEVELS] = {NULL}, n = 0;
+    int64_t gq = o->desc.score_group[0], size = o->nk * (PSA_MAX_LEVELS + 1);
+    memset(e, 0, (size_t)size * sizeof *e);
+    for (int i = 1; 1 << i <= o->desc.score_group[1]; i++) {
+        spread[i] = zeros(o->Nk);
+        group_spreads(o, b, h, 1 << i, spread[i]);
+    }
+    for (int64_t first = rows_of(o, I).begin; first < rows_of(o, I).end; first += gq, n++) {
+        range rows = {first, least(first + gq, rows_of(o, I).end)};
+        add_errors(o, b, h, rows, spread, logit, coarse, e);
+    }
+    for (int64_t i = 0; i < size; i++)
+        e[i] /= n;
+    for (int i = 0; i < PSA_MAX_LEVELS; i++)
+        free(spread[i]);
+    free(logit), free(coarse);
 }
 
 /* ---- statistics

@@ -45,6 +45,13 @@ int oracle_cap(const oracle *o, int64_t b, int64_t h, int64_t J); /* coarsest le
 /* Levels from scores (f32, as the library's masks get them). */
 void oracle_mask(const oracle *o, const float *scores, uint8_t *levels);
 
+/* What is done to a map of levels afterwards: cap, protection, causality, skip_mean. */
+void oracle_protect(const oracle *o, uint8_t *levels);
+
+/* Mask ERROR: e[nk][PSA_MAX_LEVELS + 1], the squared errors predicted for query block I with each KV block at level
+ * 1 << i; the last is that of skipping it. */
+void oracle_errors(const oracle *o, int64_t b, int64_t h, int64_t I, double *e);
+
 /* Over all batches and heads, or for one (b, h). */
 void oracle_stats(const oracle *o, const uint8_t *levels, int64_t b, int64_t h, psa_stats *stats);
 
