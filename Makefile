@@ -4,9 +4,11 @@
 # make bench        measure this machine (options: make bench ARGS="--n 4096 --threads 1")
 # make ggml         fetch ggml and build it into build/ggml, once: a peer for tools/bench_peers.py
 # make test-ggml    psa inside ggml (examples/ggml), in two versions of it, which are fetched and built once
-# make cuda         psa_cuda.o for every architecture, with checks of what nvcc made of it; says so if there is no nvcc
+# make cuda         psa_cuda.o, with checks of what nvcc made of it
 # make fuzz       fuzz the reading of checkpoints
 # make check-symbols   what the header exports and needs
+#
+# With nvcc on the PATH psa and classify get --backend cuda, which takes minutes to compile; make NVCC= does without.
 
 CC     ?= cc
 CFLAGS ?= -O2 -g
@@ -21,6 +23,7 @@ HEADERS = $(wildcard *.h */*.h)
 object  = $(patsubst %.c,$B/%.o,$1)
 
 all: $B/psa $B/fidelity $B/classify $B/clips $B/test_psa $B/npydiff
+	@$(if $(NVCC),,echo "there is no nvcc: psa and classify are built without --backend cuda")
 
 $B/psa: $(call object,tools/psa.c)
 $B/fidelity: $(call object,tools/fidelity.c)
@@ -51,18 +54,6 @@ $B/readme.c: README.md
 	@mkdir -p $(@D)
 	awk '/^```/ { if (inside) exit; inside = $$0 == "```c"; next } inside' $< > $@
 
-# psa_cuda.cu on an emulator of CUDA threads; gcc or clang, x86-64 or AArch64, glibc. Its fibers longjmp between stacks.
-EMULATED = $(CXX) -std=c++17 $(WARN) -Wno-unknown-pragmas -O1 -g -I. -U_FORTIFY_SOURCE
-
-$B/test_cuda: psa_cuda.cu tests/cuda/test_cuda.cpp tests/cuda/emu.h psa.h Makefile
-	@mkdir -p $B/tests/cuda
-	$(CC) -xc -DPSA_IMPLEMENTATION $(CFLAGS) -c psa.h -o $B/tests/cuda/psa.o
-	$(EMULATED) -Itests/cuda -DPSA_CUDA_EMULATED -xc++ -c psa_cuda.cu -o $B/tests/cuda/psa_cuda.o
-	$(EMULATED) -Itests/cuda tests/cuda/test_cuda.cpp $B/tests/cuda/psa_cuda.o $B/tests/cuda/psa.o -o $@ -lm -pthread
-
-cuda:
-	B=$B tests/cuda/compile.sh
-
 deps:
 	@command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || \
 	    { echo "make deps: needs Debian or Ubuntu; elsewhere install what these packages hold: $(DEPS)" >&2; exit 1; }
@@ -81,11 +72,12 @@ demo: $B/classify
 	@echo "pictures of what attention read: $B/demo/summary.png, frames.png, levels.png, density.png"
 
 # The test binary goes last: its last line is the result.
-test: all $B/readme $B/test_cuda
+test: all $B/readme $B/test_cuda $B/emu/psa $B/emu/classify
 	$B/readme
 	BUILD=$B tests/psa.sh
 	BUILD=$B tests/classify.sh
 	BUILD=$B tests/demo.sh
+	BUILD=$B tests/cuda/backend.sh
 	$B/test_cuda
 	$B/test_psa
 
@@ -148,5 +140,7 @@ fuzz:
 clean:
 	rm -rf $B
 
-.PHONY: all deps demo test bench ggml test-ggml check-symbols cuda fuzz clean
+include tools/cuda.mk
+
+.PHONY: all deps demo test bench ggml test-ggml check-symbols fuzz clean
 .DELETE_ON_ERROR:

@@ -231,6 +231,7 @@ extern "C" {
     X(PSA_ERR_CUDA_ALIGN, "CUDA: data and the strides of out must be multiples of 16 bytes")                           \
     X(PSA_ERR_CUDA_SIZE, "CUDA: too many blocks, or more shared memory than the device has (psa_cuda.cu, LIMITS)")     \
     X(PSA_ERR_CUDA_WORK, "CUDA: the workspace is smaller than psa_cuda_work_size says")                                \
+    X(PSA_ERR_CUDA_RECIPE, "CUDA: trees, tilt, mask ERROR and density are for the CPU")                               \
     X(PSA_ERR_CUDA_LAUNCH, "CUDA: a launch failed; cudaGetLastError has the reason")
 
 typedef enum psa_result {

@@ -8,13 +8,7 @@
  *     nvcc -O3 -std=c++17 -gencode arch=compute_80,code=[sm_80,compute_80] -c psa_cuda.cu    (or: make cuda)
  *
  *     One object for a program that compiles psa.h with PSA_IMPLEMENTATION somewhere. Needs the CUDA runtime, 12.0 or
- *     later. C declarations: psa.h with PSA_CUDA defined, section >>cuda.
- *
- * CALL
- *
- *     psa_plan_init(&plan, &desc, &q, &k, &v, &out);               // on the host, from shapes and strides alone
- *     cudaMalloc(&work, psa_cuda_work_size(&plan));                // once, for as many calls as you like
- *     psa_cuda_attention(&plan, dq, dk, dv, dout, NULL, work, size, stream);
+ *     later. C declarations: psa.h with PSA_CUDA defined, section >>cuda; in use: examples/cuda_attention.c.
  *
  * DATA FLOW
  *
@@ -159,23 +153,15 @@ constexpr float PSA__BIG = 10633823966279326983230456482242756608.0f; /* 2^123: 
 constexpr float PSA__RESCALE = 8.0f;           /* accumulators are rescaled when a maximum grew by more than 2^8 */
 constexpr float PSA__LOG2E = 1.44269504088896340736f, PSA__LN2 = 0.69314718055994530942f;
 
-struct psa__view { /* a tensor; row (b, h, i) lies at data + b*nb3 + h*nb2 + i*nb1 */
-    char *data;
-    int64_t nb1, nb2, nb3;
-    int type;
-    int aligned; /* rows begin at multiples of 16 bytes */
-};
-
 struct psa__job {
     psa_plan plan;            /* what follows is derived from it, and int where kernels compute with it */
+    psa_tensor q, k, v, out;  /* as in the plan, with data */
+    psa_tensor read_k, read_v; /* what score and attend read: k and v, or pool's copies in the right order and type */
     int shared_max;           /* bytes that a block may have */
     int B, Hq, Hkv, group, Nq, Nk, D, Dv, nq, nk, block_q, block_k, log2_block_k;
     int causal, shift;        /* query i stands at token i + shift and sees the tokens up to that one */
     float scale;              /* positive, includes log2(e): logits are in units of log2 */
     uint32_t flip;            /* 0x80008000 if the caller's scale is negative: the sign moves to q */
-    psa__view q, k, v, out;
-    psa__view read_k, read_v; /* what score and attend read: k and v, or pool's copies in the right order and type */
-    int copies;               /* pool makes those copies */
     float *lse;
 
     char *pooled_k, *pooled_v; /* T [B][Hkv][pooled_rows][D], [Dv] */
@@ -202,7 +188,7 @@ struct psa__job {
     uint16_t *index;           /* [B][Hq][nq][nk] and which */
     int q_tiles;               /* attend: tiles of query rows in a query block */
     int splits;                /* attend: parts of the stream, each its own CTA */
-    psa__view part;            /* combine: part 0 of the results; the next one lies part_bytes behind it */
+    psa_tensor part;            /* combine: part 0 of the results; the next one lies part_bytes behind it */
     int64_t part_bytes;
     float *part_lse;           /* [splits][B][Hq][Nq] */
     int merges;                /* combine: part 0 is out with its lse, part 1 is `part` */
@@ -217,9 +203,9 @@ struct alignas(8) psa__f2 {
 
 PSA__DEVICE int psa__imin(int a, int b) { return a < b ? a : b; }
 
-PSA__DEVICE char *psa__row(const psa__view &t, int b, int h, int64_t i)
+PSA__DEVICE char *psa__row(const psa_tensor &t, int b, int h, int64_t i)
 {
-    return t.data + b * t.nb3 + h * t.nb2 + i * t.nb1;
+    return (char *)t.data + b * (int64_t)t.nb[3] + h * (int64_t)t.nb[2] + i * (int64_t)t.nb[1];
 }
 
 PSA__DEVICE int64_t psa__token(const psa_order &o, int b, int h, int i)
@@ -260,20 +246,20 @@ PSA__DEVICE float psa__load(const char *row, int type, int i)
     return type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
 }
 
-/* Columns 8c .. 8c+7 of a row of t, as f32. */
-PSA__DEVICE void psa__load8(float (&x)[8], const psa__view &t, const char *row, int c)
+/* Columns 8c .. 8c+7 of a row, as f32. */
+PSA__DEVICE void psa__load8(float (&x)[8], const char *row, int type, int c)
 {
-    const psa__u4 *chunk = reinterpret_cast<const psa__u4 *>(row) + (t.type == PSA_F32 ? 2 * c : c);
-    if (!t.aligned) {
-        for (int i = 0; i < 8; i++) x[i] = psa__load(row, t.type, 8 * c + i);
-    } else if (t.type == PSA_F32) {
+    const psa__u4 *chunk = reinterpret_cast<const psa__u4 *>(row) + (type == PSA_F32 ? 2 * c : c);
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+        for (int i = 0; i < 8; i++) x[i] = psa__load(row, type, 8 * c + i);
+    } else if (type == PSA_F32) {
         psa__u4 low = chunk[0], high = chunk[1];
         for (int i = 0; i < 4; i++) x[i] = psa__as_float(low.x[i]), x[4 + i] = psa__as_float(high.x[i]);
     } else {
         psa__u4 u = chunk[0];
         for (int i = 0; i < 8; i++) {
             uint16_t h = (uint16_t)(u.x[i / 2] >> i % 2 * 16);
-            x[i] = t.type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
+            x[i] = type == PSA_F16 ? psa__to_float(psa__f16(), h) : psa__to_float(psa__bf16(), h);
         }
     }
 }
@@ -291,7 +277,7 @@ template <class T> PSA__DEVICE psa__u4 psa__query(const psa__job &job, int b, in
     float x[8] = {}, y[8];
     if (c >= job.D / 8) n = 0;
     for (int i = first; i < first + n; i++) {
-        psa__load8(y, job.q, psa__row(job.q, b, h, psa__token(job.plan.desc.order_q, b, h, i)), c);
+        psa__load8(y, psa__row(job.q, b, h, psa__token(job.plan.desc.order_q, b, h, i)), job.q.type, c);
         for (int e = 0; e < 8; e++) x[e] += y[e];
     }
     for (int e = 0; n > 1 && e < 8; e++) x[e] *= 1.0f / (float)n;
@@ -316,9 +302,9 @@ template <int DP> PSA__DEVICE uint32_t psa__at(int row, int chunk)
     return (uint32_t)(row * DP * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
-/* Sum over the block of what the threads before this one gave, in thread order; total: over all. scratch: 8 bytes a
- * warp. */
-template <class V> PSA__DEVICE V psa__scan(V v, uint32_t scratch, V *total)
+/* Sum over the block of what the threads before this one gave, in thread order; total: over all. Uses the first 8
+ * bytes of shared memory for each warp. */
+template <class V> PSA__DEVICE V psa__scan(V v, V *total)
 {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     V before = 0, sum = 0;
@@ -326,10 +312,10 @@ template <class V> PSA__DEVICE V psa__scan(V v, uint32_t scratch, V *total)
         V x = psa__shuffle(v, lane - d);
         if (lane >= d) v += x;
     }
-    if (lane == 31) psa__sts(scratch + (uint32_t)warp * 8, v);
+    if (lane == 31) psa__sts((uint32_t)warp * 8, v);
     psa__barrier();
     for (int w = 0; w < PSA__WARPS; w++) {
-        V x = psa__lds<V>(scratch + (uint32_t)w * 8);
+        V x = psa__lds<V>((uint32_t)w * 8);
         if (w < warp) before += x;
         sum += x;
     }
@@ -353,14 +339,20 @@ template <class V> PSA__DEVICE V psa__scan(V v, uint32_t scratch, V *total)
  *
  * Sums of pairs of sums, divided at the end: the order of psa.h. Rows beyond the end are zero and not counted. */
 
-constexpr uint32_t PSA__POOL_SUMS = PSA_MAX_BLOCK_K / 8 * PSA_MAX_D * 4; /* bytes; the cosines follow */
-constexpr uint32_t PSA__POOL_BYTES = PSA__POOL_SUMS + PSA_MAX_BLOCK_K * 4;
+constexpr uint32_t PSA__POOL_BYTES = PSA_MAX_BLOCK_K / 8 * PSA_MAX_D * 4; /* of sums */
 
 struct psa__pool_block {
-    psa__view in, copy;
     int D, b, hkv, jk, n; /* n: rows that exist */
-    char *pooled;         /* the head's pooled rows */
+    const char *in;       /* the head's rows: K or V, ... */
+    int64_t stride;
+    int type;
+    char *copy, *pooled;  /* ... their copies (NULL: none are made), the means */
 };
+
+PSA__DEVICE const char *psa__pool_in(const psa__job &job, const psa__pool_block &w, int position)
+{
+    return w.in + psa__token(job.plan.desc.order_k, w.b, w.hkv, position) * w.stride;
+}
 
 /* Group t of level 1 << i, of which x is the sum, at columns 8c. */
 template <class T>
@@ -396,11 +388,10 @@ PSA__DEVICE void psa__pool_rows(const psa__job &job, const psa__pool_block &w, i
 #pragma unroll
         for (int e = 0; e < 8; e++) rows[r][e] = 0.0f;
         if (at < w.n) {
-            const char *from = psa__row(w.in, w.b, w.hkv, psa__token(job.plan.desc.order_k, w.b, w.hkv, position));
-            psa__load8(rows[r], w.in, from, c);
+            psa__load8(rows[r], psa__pool_in(job, w, position), w.type, c);
         }
-        if (job.copies && at < w.n) {
-            *reinterpret_cast<psa__u4 *>(psa__row(w.copy, w.b, w.hkv, position) + c * 16) = psa__pack8<T>(rows[r]);
+        if (w.copy && at < w.n) {
+            *reinterpret_cast<psa__u4 *>(w.copy + ((int64_t)position * w.D + 8 * c) * 2) = psa__pack8<T>(rows[r]);
         }
     }
     psa__pool_pairs<T, 1>(job, w, g, c, rows);
@@ -409,13 +400,13 @@ PSA__DEVICE void psa__pool_rows(const psa__job &job, const psa__pool_block &w, i
 }
 
 /* Cosine of two rows; 0 if one of them is zero. */
-PSA__DEVICE float psa__cosine(const psa__view &in, const char *a, const char *b, int D)
+PSA__DEVICE float psa__cosine(const char *a, const char *b, int type, int D)
 {
     float aa = 0, bb = 0, ab = 0;
     for (int c = 0; c < D / 8; c++) {
         float x[8], y[8];
-        psa__load8(x, in, a, c);
-        psa__load8(y, in, b, c);
+        psa__load8(x, a, type, c);
+        psa__load8(y, b, type, c);
         for (int e = 0; e < 8; e++) {
             aa += x[e] * x[e];
             bb += y[e] * y[e];
@@ -428,46 +419,38 @@ PSA__DEVICE float psa__cosine(const psa__view &in, const char *a, const char *b,
 /* Groups of level 1 << i with two tokens at least. */
 PSA__DEVICE int psa__groups(int n, int i) { return (n >> i) + ((n & ((1 << i) - 1)) > 1); }
 
-/* The coarsest level whose groups' first and last tokens have a mean cosine above the level's threshold. Cosines of
- * level 1 << i lie behind those of the finer ones: fewer than block_k of them in all. */
+/* The coarsest level whose groups' first and last tokens have a mean cosine above the level's threshold. */
 PSA__DEVICE void psa__similarity_cap(const psa__job &job, const psa__pool_block &w)
 {
-    uint32_t at = PSA__POOL_SUMS;
+    int cap = 0;
+    psa__barrier(); /* all are done with the sums */
     for (int i = 1; i <= job.plan.desc.n_sim_min; i++) {
         int groups = psa__groups(w.n, i);
+        double sum = 0, total;
         for (int t = (int)threadIdx.x; t < groups; t += PSA__THREADS) {
             int first = w.jk * job.block_k + (t << i), last = first + psa__imin(1 << i, w.n - (t << i)) - 1;
-            const char *a = psa__row(w.in, w.b, w.hkv, psa__token(job.plan.desc.order_k, w.b, w.hkv, first));
-            const char *b = psa__row(w.in, w.b, w.hkv, psa__token(job.plan.desc.order_k, w.b, w.hkv, last));
-            psa__sts(at + (uint32_t)t * 4, psa__cosine(w.in, a, b, w.D));
+            sum += psa__cosine(psa__pool_in(job, w, first), psa__pool_in(job, w, last), w.type, w.D);
         }
-        at += (uint32_t)groups * 4;
+        psa__scan(sum, &total);
+        if (groups && total / groups > job.plan.desc.sim_min[i - 1]) cap = i;
     }
-    psa__barrier();
-    if (threadIdx.x != 0) return;
-    int cap = 0;
-    at = PSA__POOL_SUMS;
-    for (int i = 1; i <= job.plan.desc.n_sim_min; i++) {
-        int groups = psa__groups(w.n, i);
-        double sum = 0;
-        for (int t = 0; t < groups; t++) sum += psa__lds<float>(at + (uint32_t)t * 4);
-        if (groups && sum / groups > job.plan.desc.sim_min[i - 1]) cap = i;
-        at += (uint32_t)groups * 4;
-    }
-    job.cap[(int64_t)(w.b * job.Hkv + w.hkv) * job.nk + w.jk] = (uint8_t)(1 << cap);
+    if (threadIdx.x == 0) job.cap[(int64_t)(w.b * job.Hkv + w.hkv) * job.nk + w.jk] = (uint8_t)(1 << cap);
 }
 
 template <class T> __global__ void __launch_bounds__(PSA__THREADS) psa__pool(const __grid_constant__ psa__job job)
 {
     int is_v = (int)blockIdx.y, head = (int)blockIdx.x / job.nk;
     psa__pool_block w;
-    w.in = is_v ? job.v : job.k;
-    w.copy = is_v ? job.read_v : job.read_k;
     w.D = is_v ? job.Dv : job.D;
-    w.jk = (int)blockIdx.x % job.nk;
-    w.hkv = head % job.Hkv;
     w.b = head / job.Hkv;
+    w.hkv = head % job.Hkv;
+    w.jk = (int)blockIdx.x % job.nk;
     w.n = psa__block_k_rows(job, w.jk);
+    w.in = is_v ? psa__row(job.v, w.b, w.hkv, 0) : psa__row(job.k, w.b, w.hkv, 0);
+    w.stride = (int64_t)(is_v ? job.v.nb[1] : job.k.nb[1]);
+    w.type = job.k.type;
+    w.copy = is_v ? psa__row(job.read_v, w.b, w.hkv, 0) : psa__row(job.read_k, w.b, w.hkv, 0);
+    if (w.copy == w.in) w.copy = nullptr;
     w.pooled = (is_v ? job.pooled_v : job.pooled_k) + (int64_t)head * job.plan.pooled_rows * w.D * 2;
 
     int chunks = w.D / 8, all = job.block_k / 8 * chunks;
@@ -595,7 +578,7 @@ PSA__DEVICE void psa__score_load(const psa__job &job, const psa__score_block &w,
     int row = psa__key_token(job, jk, key);
     if (row >= 0 && job.plan.desc.score == PSA_SCORE_ANTIDIAGONAL) row = row + s.part < job.Nk ? row + s.part : -1;
     const char *base = psa__row(job.read_k, w.b, w.hkv, 0);
-    int64_t stride = job.read_k.nb1;
+    int64_t stride = (int64_t)job.read_k.nb[1];
     if (job.key_level > 0) {
         stride = (int64_t)job.D * 2;
         int64_t first = (int64_t)(w.b * job.Hkv + w.hkv) * job.plan.pooled_rows + job.plan.level_row[job.key_level];
@@ -790,7 +773,7 @@ PSA__DEVICE void psa__score_finish(const psa__job &job, const psa__score_block &
         if (!job.use_max && job.plan.desc.score == PSA_SCORE_SAMPLE) score[jk] /= (float)psa__score_pairs(job, w, jk);
         sum += score[jk];
     }
-    psa__scan(sum, 0, &total);
+    psa__scan(sum, &total);
     for (int jk = (int)threadIdx.x; jk < job.nk; jk += PSA__THREADS) {
         score[jk] = jk >= w.n ? 0.0f : total > 0 ? (float)(score[jk] / total) : 1.0f / (float)w.n;
     }
@@ -918,7 +901,7 @@ PSA__DEVICE void psa__mask_threshold(const psa__job &job, int n, const float *sc
     int end = psa__imin(n, begin + each), full = d.min_full > 0 ? (int)floor(d.min_full * (double)n) + 1 : 0;
     double mass = 0, total, ahead;
     for (int i = begin; i < end; i++) mass += fmaxf(score[psa__ranked(job, i)], 0.0f);
-    ahead = psa__scan(mass, 0, &total);
+    ahead = psa__scan(mass, &total);
     ahead = total > 0 ? ahead / total : (double)begin / (double)n;
     for (int position = begin, i = 0; position < end; position++) {
         int j = psa__ranked(job, position);
@@ -976,7 +959,7 @@ PSA__DEVICE void psa__make_list(const psa__job &job, int64_t task, int iq, const
 #pragma unroll
         for (int i = 0; i < PSA_MAX_LEVELS; i++) {
             int total;
-            at[i] = base + psa__scan(at[i], 0, &total);
+            at[i] = base + psa__scan(at[i], &total);
             base += total;
             if (threadIdx.x == 0) job.count[task * PSA_MAX_LEVELS + i] = (uint16_t)total;
         }
@@ -1129,8 +1112,8 @@ template <class S> PSA__DEVICE void psa__copy_tile(const psa__job &job, int slot
         uint32_t row = psa__lds<uint32_t>(S::AT_ROWS + (uint32_t)(slot * S::BN + r) * 4), at = psa__at<S::DP>(r, c);
         bool exists = row != PSA__NONE, pooled = row >= PSA__POOLED;
         int64_t n = exists ? (int64_t)(row & ~PSA__POOLED) : 0;
-        const char *k = pooled ? w.pooled_k + n * job.D * 2 : w.k + n * job.read_k.nb1;
-        const char *v = pooled ? w.pooled_v + n * job.Dv * 2 : w.v + n * job.read_v.nb1;
+        const char *k = pooled ? w.pooled_k + n * job.D * 2 : w.k + n * (int64_t)job.read_k.nb[1];
+        const char *v = pooled ? w.pooled_v + n * job.Dv * 2 : w.v + n * (int64_t)job.read_v.nb[1];
         if (c < job.D / 8) psa__cp_async(to + at, k + c * 16, exists);
         if (c < job.Dv / 8) psa__cp_async(to + S::KV + at, v + c * 16, exists);
     }
@@ -1478,12 +1461,13 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid
     for (int c = (int)threadIdx.x % 32 * 2; c < job.Dv; c += 64) {
         psa__f2 x = {0, 0};
         for (int i = 0; i < job.splits; i++) {
-            const psa__view &part = job.merges && i == 0 ? job.out : job.part;
-            const char *from = psa__row(part, b, h, n) + i * job.part_bytes;
+            bool own = job.merges && i == 0;
+            const char *from = own ? psa__row(job.out, b, h, n) : psa__row(job.part, b, h, n) + i * job.part_bytes;
+            int type = own ? job.out.type : job.part.type;
             float weight = psa__weight(psa__part_lse(job, i, row), top);
             if (weight == 0) continue;
-            x.x += weight * psa__load(from, part.type, c);
-            x.y += weight * psa__load(from, part.type, c + 1);
+            x.x += weight * psa__load(from, type, c);
+            x.y += weight * psa__load(from, type, c + 1);
         }
         char *to = psa__row(job.out, b, h, token) + c * (job.out.type == PSA_F32 ? 4 : 2);
         psa__store2(to, job.out.type, {x.x / sum, x.y / sum});
@@ -1552,8 +1536,8 @@ static size_t psa__layout(const psa_plan *p, char *work, psa__job *job)
     int64_t copied = psa__copies(p) ? heads * p->Nk * 2 : 0, outs = splits > 1 ? p->B * p->Hq * p->Nq * 4 : 0;
     char *copy_k = psa__take(work, &at, copied * p->D), *copy_v = psa__take(work, &at, copied * p->Dv);
     if (copied) {
-        job->read_k = {copy_k, p->D * 2, p->Nk * p->D * 2, p->Hkv * p->Nk * p->D * 2, 0, 1};
-        job->read_v = {copy_v, p->Dv * 2, p->Nk * p->Dv * 2, p->Hkv * p->Nk * p->Dv * 2, 0, 1};
+        job->read_k = psa_tensor_4d(copy_k, PSA_BF16, p->D, p->Nk, p->Hkv, p->B);
+        job->read_v = psa_tensor_4d(copy_v, PSA_BF16, p->Dv, p->Nk, p->Hkv, p->B);
     }
     job->pooled_k = psa__take(work, &at, heads * p->pooled_rows * p->D * 2);
     job->pooled_v = psa__take(work, &at, heads * p->pooled_rows * p->Dv * 2);
@@ -1568,16 +1552,15 @@ static size_t psa__layout(const psa_plan *p, char *work, psa__job *job)
     job->count = (uint16_t *)psa__take(work, &at, rows * PSA_MAX_LEVELS * 2);
     job->index = (uint16_t *)psa__take(work, &at, map * 2);
     job->part_bytes = outs * p->Dv;
-    job->part = {psa__take(work, &at, splits * outs * p->Dv), p->Dv * 4, p->Nq * p->Dv * 4, p->Hq * p->Nq * p->Dv * 4,
-                 PSA_F32, 1};
+    job->part = psa_tensor_4d(psa__take(work, &at, splits * outs * p->Dv), PSA_F32, p->Dv, p->Nq, p->Hq, p->B);
     job->part_lse = (float *)psa__take(work, &at, splits * outs);
     return at + 255; /* so that work may begin anywhere */
 }
 
-static psa__view psa__view_of(const psa_tensor *t, const void *data)
+static psa_tensor psa__with_data(psa_tensor t, const void *data)
 {
-    return {(char *)(uintptr_t)data, (int64_t)t->nb[1], (int64_t)t->nb[2], (int64_t)t->nb[3], (int)t->type,
-            psa__in_chunks(t)};
+    t.data = (void *)(uintptr_t)data;
+    return t;
 }
 
 static void psa__job_mask(const psa_desc *d, psa__job *job)
@@ -1658,6 +1641,9 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
         major < 8 || shared_max < 99 * 1024) {
         return psa__refuse(p, PSA_ERR_CUDA_DEVICE, "expected a device of compute capability 8.0 or later");
     }
+    if (p->n_levels > 1 && (p->desc.tree || p->desc.tilt || p->desc.mask == PSA_MASK_ERROR || p->desc.density > 0)) {
+        return psa__refuse(p, PSA_ERR_CUDA_RECIPE, "expected no tree, tilt, mask ERROR or density");
+    }
     if (((uintptr_t)q | (uintptr_t)k | (uintptr_t)v | (uintptr_t)out) % 16 != 0 || (out && !psa__in_chunks(&p->out))) {
         return psa__refuse(p, PSA_ERR_CUDA_ALIGN, "expected data, and strides of out, in multiples of 16 bytes");
     }
@@ -1675,11 +1661,10 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
     job->shift = job->causal ? (int)(p->Nk - p->Nq) : 0;
     job->scale = fabsf(p->desc.scale) * PSA__LOG2E;
     job->flip = p->desc.scale < 0 ? 0x80008000u : 0;
-    job->q = psa__view_of(&p->q, q);
-    job->k = job->read_k = psa__view_of(&p->k, k);
-    job->v = job->read_v = psa__view_of(&p->v, v);
-    job->out = psa__view_of(&p->out, out);
-    job->copies = psa__copies(p);
+    job->q = psa__with_data(p->q, q);
+    job->k = job->read_k = psa__with_data(p->k, k);
+    job->v = job->read_v = psa__with_data(p->v, v);
+    job->out = psa__with_data(p->out, out);
     job->q_tiles = psa__q_tiles(p);
     job->splits = psa__splits(p);
     psa__job_score(p, job);
@@ -1707,7 +1692,7 @@ extern "C" psa_result psa_cuda_pool(const psa_plan *plan, const void *k, const v
     psa_result r = psa__job_init(&job, plan, nullptr, k, v, nullptr, work);
     if (r != PSA_OK) return r;
     if (!k) return psa__refuse(plan, PSA_ERR_NULL, "k must not be NULL");
-    if (plan->desc.mask == PSA_MASK_DENSE && !job.copies) return PSA_OK;
+    if (plan->desc.mask == PSA_MASK_DENSE && !psa__copies(plan)) return PSA_OK;
     return psa__run(plan, plan->k.type == PSA_F16 ? psa__pool<psa__f16> : psa__pool<psa__bf16>,
                     plan->B * plan->Hkv * plan->nk, v ? 2 : 1, PSA__POOL_BYTES, stream, job);
 }
@@ -1807,8 +1792,8 @@ extern "C" psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const ps
     if (rows > INT32_MAX) return PSA_ERR_CUDA_SIZE;
     memset(&job, 0, sizeof job);
     job.Dv = (int)out->ne[0], job.Nq = (int)out->ne[1], job.Hq = (int)out->ne[2], job.B = (int)out->ne[3];
-    job.out = psa__view_of(out, out->data);
-    job.part = psa__view_of(part, part->data);
+    job.out = *out;
+    job.part = *part;
     job.part_lse = (float *)(uintptr_t)part_lse;
     job.lse = lse;
     job.splits = 2;

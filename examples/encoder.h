@@ -12,6 +12,7 @@
 #define ENCODER_H
 
 #include "crew.h"
+#include "gpu.h"
 #include "model.h"
 #include <cblas.h>
 
@@ -43,6 +44,7 @@ typedef struct slot {
 typedef struct encoder {
     const model *m;
     crew *crew;
+    gpu *gpu;               /* where attention runs; NULL: on the crew */
     psa_desc desc;          /* of the self-attentions */
     psa_type type;          /* of q, k and v */
     int frames, height, width, grid[3];
@@ -478,6 +480,23 @@ static void trace_density(trace *t, const psa_plan *p, int layer) {
     }
 }
 
+/* psa_attention on the GPU: there and back. extra: levels and stats. */
+static psa_result attend_on_gpu(gpu *g, const psa_desc *desc, const psa_tensor t[4], psa_extra *extra) {
+    psa_plan plan;
+    const void *const data[] = {t[0].data, t[1].data, t[2].data, t[3].data};
+    double seconds;
+    psa_result result = psa_plan_init(&plan, desc, &t[0], &t[1], &t[2], &t[3]);
+    if (result == PSA_OK) result = g->load(g, &plan, data);
+    for (int stage = GPU_POOL; stage <= GPU_ATTEND && result == PSA_OK; stage++) result = g->stage(g, stage, &seconds);
+    if (result == PSA_OK) result = g->get(g, GPU_OUT, t[3].data);
+    if (result != PSA_OK) return result;
+    uint8_t *levels = extra->levels ? extra->levels : alloc(psa_map_size(&plan), 1);
+    result = g->get(g, GPU_LEVELS, levels);
+    if (result == PSA_OK) result = psa_stats_from_levels(&plan, levels, -1, -1, &extra->stats);
+    if (!extra->levels) free(levels);
+    return result;
+}
+
 static void attend(encoder *e, const psa_desc *desc, psa_tensor q, psa_tensor k, psa_tensor v, psa_tensor out) {
     psa_extra extra;
     psa_plan plan;
@@ -488,8 +507,10 @@ static void attend(encoder *e, const psa_desc *desc, psa_tensor q, psa_tensor k,
         if (e->layer == 0) trace_open(e->trace, e, &plan);
         extra.levels = trace_levels(e->trace, e->layer);
     }
+    const psa_tensor all[] = {q, k, v, out};
     double start = now();
-    check_attention(e, psa_attention(desc, &q, &k, &v, &out, &extra));
+    check_attention(e, e->gpu ? attend_on_gpu(e->gpu, desc, all, &extra)
+                              : psa_attention(desc, &q, &k, &v, &out, &extra));
     e->seconds[ATTENTION] += now() - start;
     e->mul_adds += extra.stats.mul_adds;
     e->dense_mul_adds += extra.stats.dense_mul_adds;

@@ -31,6 +31,7 @@ typedef struct result {
 typedef struct job {
     arguments in;
     crew crew;
+    gpu gpu;                /* with --backend cuda */
     model m;
     settings settings;
     encoder encoder;
@@ -116,6 +117,7 @@ static void run_clip(job *j, const clip *c, result *r) {
     dense.mask = PSA_MASK_DENSE;
     dense.isa = j->in.psa.desc.isa;
     encoder_plan(&j->encoder, &j->m, &j->crew, (psa_type)j->in.psa.type, c->frames, c->height, c->width);
+    j->encoder.gpu = j->in.psa.backend == BACKEND_CUDA ? &j->gpu : NULL;
     r->frames = c->frames;
     memcpy(r->grid, j->encoder.grid, sizeof r->grid);
     run_model(j, r->name, j->in.dense ? &dense : &j->in.psa.desc, c->pixels, j->in.png ? &j->trace : NULL, &r->main);
@@ -175,6 +177,8 @@ static int run_video(job *j, const char *path, result *r, char *error, size_t er
 
 static void job_open(job *j) {
     const arguments *in = &j->in;
+    const char *no_gpu = in->psa.backend == BACKEND_CUDA ? gpu_open(&j->gpu) : NULL;
+    if (no_gpu) die("--backend cuda: %s", no_gpu);
     model_load(&j->m, in->model);
     if (!in->pixels) settings_read(&j->settings, in->model, j->m.is_vjepa2);
     if (!j->m.is_vjepa2 && in->how.frames && in->how.frames != j->m.frames)
@@ -190,6 +194,7 @@ static void job_free(job *j) {
     trace_free(&j->trace);
     encoder_free(&j->encoder);
     crew_stop(&j->crew);
+    if (j->gpu.close) j->gpu.close(&j->gpu);
     model_free(&j->m);
 }
 

@@ -88,6 +88,7 @@ static const char *budget_name(int i) {
     static const char *const names[] = {"call", "head"};
     return nth_name(names, 2, i);
 }
+enum { BACKEND_CPU, BACKEND_CUDA };
 static const char *backend_name(int i) {
     static const char *const names[] = {"cpu", "cuda"};
     return nth_name(names, 2, i);
@@ -211,7 +212,7 @@ static const option option_table[] = {
      CMD_ATTEND, NAME, AT(type), NAMES(type_name)},
     {"--type", "NAME", "f32, f16 or bf16; default f32; dense, decode, memory: all", CMD_BENCH, NAME, AT(type),
      NAMES(type_name)},
-    {"--backend", "NAME", "cpu (cuda is not built)", CMD_ATTEND, NAME, AT(backend), NAMES(backend_name)},
+    {"--backend", "NAME", "where attention runs: cpu or cuda; default cpu", CMD_ATTEND | CMD_CLASSIFY, NAME, AT(backend), NAMES(backend_name)},
     {"--save-scores", "FILE", "float32 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_scores), PLAIN},
     {"--save-levels", "FILE", "uint8 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_levels), PLAIN},
     {"--stats", "FILE", "density, work and time as JSON", CMD_ATTEND, FILE_NAME, AT(stats), PLAIN},

@@ -206,6 +206,7 @@ typedef struct attention {
     float *lse;
     void *out_data, *dense_data;
     crew crew;
+    gpu gpu;
     run run, dense;
     psa_stats stats;
     double *density; /* [B][Hq] */
@@ -375,6 +376,12 @@ static int read_levels(attention *a, uint8_t **levels, int64_t shape[4]) {
     return copy_levels(o, o->levels, &a->levels_file, *levels);
 }
 
+/* Where --backend says. */
+static int attend_run(attention *a, run *r, int levels_given) {
+    r->gpu = a->o.backend == BACKEND_CUDA ? &a->gpu : NULL;
+    return run_attention(r, &a->o, levels_given);
+}
+
 static int attend_given_levels(attention *a) {
     psa_desc desc = a->o.desc;
     uint8_t *levels = NULL;
@@ -388,7 +395,7 @@ static int attend_given_levels(attention *a) {
     if (rc == 0) {
         memcpy(a->run.levels, levels, a->levels_file.count);
         a->run.lse = a->lse;
-        rc = run_attention(&a->run, &a->o, 1);
+        rc = attend_run(a, &a->run, 1);
     }
     free(levels);
     return rc;
@@ -400,7 +407,7 @@ static int attend_psa(attention *a) {
     if (run_init(&a->run, &a->o, &a->crew, &a->o.desc, tasks(&a->crew), &a->q, &a->k, &a->v, &a->out))
         return 2;
     a->run.lse = a->lse;
-    return run_attention(&a->run, &a->o, 0);
+    return attend_run(a, &a->run, 0);
 }
 
 /* The same call without the mask, in the caller's token order. */
@@ -416,7 +423,7 @@ static int attend_dense(attention *a) {
     out.data = a->dense_data;
     if (run_init(&a->dense, &a->o, &a->crew, &desc, tasks(&a->crew), &a->q, &a->k, &a->v, &out))
         return 2;
-    return run_attention(&a->dense, &a->o, 0);
+    return attend_run(a, &a->dense, 0);
 }
 
 static int count_work(attention *a) {
@@ -432,7 +439,7 @@ static int count_work(attention *a) {
     }
     if (result != PSA_OK)
         return run_fail(&a->o, &a->run, result);
-    a->stats.mul_adds = psa_mul_adds(p, a->run.work);
+    a->stats.mul_adds = run_mul_adds(&a->run);
     return 0;
 }
 
@@ -484,8 +491,14 @@ static cJSON *stats_json(const attention *a) {
     cJSON_AddNumberToObject(seconds, "total", psa_seconds(a));
     if (a->o.compare)
         cJSON_AddNumberToObject(seconds, "dense", run_seconds(&a->dense));
-    cJSON_AddNumberToObject(json, "threads", a->crew.n_threads);
-    cJSON_AddStringToObject(json, "isa", psa_isa_name(p->desc.isa));
+    cJSON_AddStringToObject(json, "backend", backend_name(a->o.backend));
+    if (a->run.gpu) {
+        cJSON_AddNumberToObject(seconds, "copy", a->run.copy_seconds);
+        cJSON_AddStringToObject(json, "device", a->gpu.name);
+    } else {
+        cJSON_AddNumberToObject(json, "threads", a->crew.n_threads);
+        cJSON_AddStringToObject(json, "isa", psa_isa_name(p->desc.isa));
+    }
     return json;
 }
 
@@ -542,7 +555,7 @@ static void print_compare(const attention *a) {
     printf("\n                       dense          psa\n");
     printf("seconds         %12.4f %12.4f   %.2fx\n", dense, sparse, dense / sparse);
     printf("density         %12.4f %12.4f\n", 1.0, a->stats.density);
-    printf("multiply-adds   %12.4g %12.4g\n", (double)psa_mul_adds(&a->dense.plan, a->dense.work),
+    printf("multiply-adds   %12.4g %12.4g\n", (double)run_mul_adds(&a->dense),
            (double)a->stats.mul_adds);
     printf("relative error  %12s %12.4g   L2, against dense\n", "", relative);
     printf("largest error   %12s %12.4g\n", "", largest);
@@ -650,9 +663,13 @@ static int print_report(attention *a) {
 static void print_attention(const attention *a) {
     const psa_plan *p = &a->run.plan;
     printf("q [%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "] %s  k, v [%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64
-           "|%" PRId64 "] %s  blocks %d x %d  %s, %d threads\n",
+           "|%" PRId64 "] %s  blocks %d x %d  ",
            p->B, p->Hq, p->Nq, p->D, type_name((int)a->q.type), p->B, p->Hkv, p->Nk, p->D, p->Dv,
-           type_name((int)a->k.type), p->desc.block_q, p->desc.block_k, psa_isa_name(p->desc.isa), a->crew.n_threads);
+           type_name((int)a->k.type), p->desc.block_q, p->desc.block_k);
+    if (a->run.gpu)
+        printf("%s\n", a->gpu.name);
+    else
+        printf("%s, %d threads\n", psa_isa_name(p->desc.isa), a->crew.n_threads);
     printf("density %.4f  sparsity %.4f  multiply-adds %.4g of %.4g\n", a->stats.density, a->stats.sparsity,
            (double)a->stats.mul_adds, (double)a->stats.dense_mul_adds);
     print_blocks(&a->stats);
@@ -661,6 +678,8 @@ static void print_attention(const attention *a) {
         if (stage_needed(&a->run, i))
             printf(" %s %.4f ", stage_names[i], a->run.seconds[i]);
     printf(" total %.4f\n", psa_seconds(a));
+    if (a->run.gpu)
+        printf("         copies to the device and back %.4f\n", a->run.copy_seconds);
     if (a->o.compare)
         print_compare(a);
 }
@@ -678,8 +697,9 @@ static void end_progress(crew *c) {
 
 static int attend(attention *a) {
     const options *o = &a->o;
-    if (o->backend == 1)
-        return fail(o, "--backend cuda: built without CUDA");
+    const char *no_gpu = o->backend == BACKEND_CUDA ? gpu_open(&a->gpu) : NULL;
+    if (no_gpu)
+        return fail(o, "--backend cuda: %s", no_gpu);
     if (check_outputs(a) || read_inputs(a))
         return 2;
     start_progress(&a->crew);
@@ -704,6 +724,8 @@ static int cmd_attend(const options *o) {
     outputs_free(&a.files);
     run_free(&a.run);
     run_free(&a.dense);
+    if (a.gpu.close)
+        a.gpu.close(&a.gpu);
     npy *files[] = {&a.q_file, &a.k_file, &a.v_file, &a.levels_file};
     for (int i = 0; i < 4; i++)
         npy_free(files[i]);
@@ -844,6 +866,14 @@ static void print_preset(const char *name) {
            levels, d.causal ? "  causal" : "");
 }
 
+static void print_gpu(void) {
+    gpu g;
+    const char *no_gpu = gpu_open(&g);
+    printf("CUDA: %s\n", no_gpu ? no_gpu : g.name);
+    if (!no_gpu)
+        g.close(&g);
+}
+
 static int cmd_info(int argc, char **argv) {
     if (argc > 0 && strcmp(argv[0], "--help") == 0) {
         printf("psa info\n\nversion, instruction sets, presets\n");
@@ -857,7 +887,9 @@ static int cmd_info(int argc, char **argv) {
     for (int i = PSA_ISA_SCALAR; i < PSA_ISA_END; i++)
         if (psa_isa_supported((psa_isa)i))
             printf(" %s", psa_isa_name((psa_isa)i));
-    printf(" (auto: %s)\nCUDA: not built\n\npresets:\n", psa_isa_name(psa_isa_detect()));
+    printf(" (auto: %s)\n", psa_isa_name(psa_isa_detect()));
+    print_gpu();
+    printf("\npresets:\n");
     printf("  %-20s %-9s %-8s %-9s %-8s %s\n", "name", "blocks", "warm-up", "mask", "order", "ends of levels 1 2 4 8");
     for (int i = 0; psa_preset_name(i); i++)
         print_preset(psa_preset_name(i));

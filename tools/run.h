@@ -5,6 +5,7 @@
 
 #include "crew.h"
 #include "elements.h"
+#include "gpu.h"
 
 /* More pieces than threads, so that the progress line moves. */
 static int tasks(const crew *c) {
@@ -18,6 +19,7 @@ static const char *const stage_names[STAGES] = {"prepare", "pool", "score", "bud
 
 typedef struct run {
     crew *crew;
+    gpu *gpu; /* the caller's; NULL: the stages run on the crew */
     psa_plan plan;
     const void *q, *k, *v; /* the caller's, like out and lse */
     void *out;
@@ -27,7 +29,7 @@ typedef struct run {
     void *work;      /* owned */
     int stage;
     psa_result *results; /* owned, one per task */
-    double seconds[STAGES];
+    double seconds[STAGES], copy_seconds; /* copies: to the GPU and back */
     char detail[512]; /* the library's last line about an error */
 } run;
 
@@ -123,14 +125,53 @@ static int stage_needed(const run *r, int stage) {
     return stage != BUDGET || d->density > 0;
 }
 
+/* The stages on the GPU, their inputs copied there and their results back. */
+static psa_result run_on_gpu(run *r, int levels_given, int scored) {
+    gpu *g = r->gpu;
+    const void *data[] = {r->q, r->k, r->v, r->out};
+    static const int on_gpu[STAGES] = {-1, GPU_POOL, GPU_SCORE, -1, GPU_MASK, GPU_ATTEND};
+    double start = now(), seconds = 0;
+    psa_result result = g->load(g, &r->plan, data);
+    if (result == PSA_OK && levels_given)
+        result = g->put(g, GPU_LEVELS, r->levels);
+    for (int stage = POOL; stage < STAGES && result == PSA_OK; stage++)
+        if (on_gpu[stage] >= 0 && (stage != SCORE || scored)) {
+            result = g->stage(g, stage == MASK && levels_given ? GPU_LIST : on_gpu[stage], &r->seconds[stage]);
+            seconds += r->seconds[stage];
+        }
+    if (result == PSA_OK)
+        result = g->get(g, GPU_OUT, r->out);
+    if (result == PSA_OK)
+        result = g->get(g, GPU_LEVELS, r->levels);
+    if (result == PSA_OK && scored)
+        result = g->get(g, GPU_SCORES, r->scores);
+    if (result == PSA_OK && r->lse)
+        result = g->get(g, GPU_LSE, r->lse);
+    r->copy_seconds = now() - start - seconds;
+    return result;
+}
+
 /* Everything up to the level map, unless the caller brings one, and attention. */
 static int run_attention(run *r, const options *o, int levels_given) {
+    int scored = !levels_given && r->plan.desc.mask != PSA_MASK_DENSE;
+    if (r->gpu) {
+        psa_result result = run_on_gpu(r, levels_given, scored);
+        return result == PSA_OK ? 0 : run_fail(o, r, result);
+    }
     for (int stage = PREPARE; stage <= ATTEND; stage++) {
         int choice = stage == SCORE || stage == BUDGET || stage == MASK;
         if (stage_needed(r, stage) && !(levels_given && choice) && run_stage(r, o, stage))
             return 2;
     }
     return 0;
+}
+
+/* Multiply-adds that attention did. */
+static int64_t run_mul_adds(const run *r) {
+    psa_stats stats = {0};
+    if (!r->gpu)
+        return psa_mul_adds(&r->plan, r->work);
+    return psa_stats_from_levels(&r->plan, r->levels, -1, -1, &stats) == PSA_OK ? stats.mul_adds : 0;
 }
 
 static double run_seconds(const run *r) {

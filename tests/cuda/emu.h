@@ -12,6 +12,8 @@
 #ifndef EMU_H
 #define EMU_H
 
+#include "cuda_runtime_api.h"
+
 #include <setjmp.h>
 #include <signal.h>
 #include <ucontext.h>
@@ -345,7 +347,7 @@ template <class J> bool launch(void (*kernel)(J), index3 grid, int threads, size
 
 } // namespace emu
 
-/* ---- what nvcc and the CUDA runtime provide ---- */
+/* ---- what nvcc and the CUDA runtime provide; used: C calls them too ---- */
 
 #define __global__
 #define __device__
@@ -358,19 +360,13 @@ template <class J> bool launch(void (*kernel)(J), index3 grid, int threads, size
 #define gridDim emu::grid_dim
 #define blockDim emu::block_dim
 
-typedef int cudaError_t;
-typedef void *cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidDevice = 101, cudaErrorLaunchFailure = 719 };
-enum { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
-enum { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
-
-static inline cudaError_t cudaGetDevice(int *device)
+extern "C" __attribute__((used)) inline cudaError_t cudaGetDevice(int *device)
 {
     *device = 0;
-    return emu::m.opt.capability ? cudaSuccess : cudaErrorInvalidDevice;
+    return emu::m.opt.capability ? cudaSuccess : cudaErrorNoDevice;
 }
 
-static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
+extern "C" __attribute__((used)) inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
 {
     *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emu::m.opt.shared_max
              : attribute == cudaDevAttrComputeCapabilityMajor     ? emu::m.opt.capability / 10
