@@ -158,7 +158,7 @@ static const char *gpu_open(gpu *g) {
         return psa_result_string(PSA_ERR_CUDA_DEVICE);
     if (cudaEventCreate(&begin) != cudaSuccess || cudaEventCreate(&end) != cudaSuccess)
         return "the device takes no work";
-    snprintf(g->name, sizeof g->name, "%s, compute capability %d.%d", device.name, device.major, device.minor);
+    snprintf(g->name, sizeof g->name, "%.200s, compute capability %d.%d", device.name, device.major, device.minor);
     g->begin = begin;
     g->end = end;
     g->load = gpu_load;
