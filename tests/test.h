@@ -21,6 +21,7 @@ typedef struct test_case {
 
 extern const test_case tests_oracle[], tests_golden[], tests_attend[], tests_score[], tests_mask[], tests_order[];
 extern const test_case tests_convert[], tests_errors[], tests_threads[], tests_preset[], tests_leaves[];
+extern const test_case tests_tree[], tests_recipe[];
 
 typedef struct test_options {
     int quick;        /* a tenth of the random rounds */
@@ -130,6 +131,14 @@ double compare(const char *file, int line, const char *what, const double *got, 
 
 double *doubles_of(const float *x, size_t n); /* caller frees */
 
+/* ---- orders --------------------------------------------------------------------------------------------------------
+ */
+
+int is_permutation(const int32_t *index, int64_t n);
+int64_t order_at(const psa_order *order, int64_t b, int64_t h, int64_t p);
+/* x [B][H][N][D] permuted (or put back) into a new array. */
+double *permuted(const double *x, const psa_order *order, int64_t B, int64_t H, int64_t N, int64_t D, int back);
+
 /* ---- one attention call with everything around it
  * ----------------------------------------------------------------------- */
 
@@ -150,6 +159,8 @@ typedef struct setup {
 
 shape shape_random(void);                    /* small; D and Dv any multiple of 8, mostly small */
 psa_desc desc_random_blocks(const shape *s); /* blocks, scale, causality */
+/* Trees, tilt, mask ERROR and density, in any company; no causality. */
+void desc_random_recipe(psa_desc *d);
 psa_isa isa_random(void);                    /* one that this machine has */
 
 /* Tensors, plan, workspace, maps and oracle. Returns 0 (after a failed check) if the plan was refused. */
@@ -161,9 +172,12 @@ uint8_t *setup_levels(const setup *s);
 float *setup_lse(const setup *s);
 
 /* The stages, each for all ith one after the other. */
+int run_prepare(setup *s, int nth);
 int run_pool(setup *s, int nth);
 int run_score(setup *s, int nth);
+int run_budget(setup *s, int nth);
 int run_mask(setup *s, int nth);
+void run_levels(setup *s, int nth); /* all of these */
 int run_attend(setup *s, const uint8_t *levels, int nth);
 void check_guards(const char *file, int line, const setup *s);
 

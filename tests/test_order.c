@@ -1,18 +1,6 @@
 /* test_order.c - token orders: what they are, how they move tensors, and attention through them. */
 #include "test.h"
 
-static int is_permutation(const int32_t *index, int64_t n) {
-    char *seen = (char *)calloc((size_t)n, 1);
-    int ok = seen != NULL;
-    for (int64_t i = 0; ok && i < n; i++) {
-        ok = index[i] >= 0 && index[i] < n && !seen[index[i]];
-        if (ok)
-            seen[index[i]] = 1;
-    }
-    free(seen);
-    return ok;
-}
-
 static void shuffle(int32_t *index, int64_t n) {
     for (int64_t i = 0; i < n; i++)
         index[i] = (int32_t)i;
@@ -41,22 +29,6 @@ static random_order order_new(int64_t N, int64_t H, int64_t B) {
         shuffle(r.memory + i * N, N);
     r.order.index = r.memory;
     return r;
-}
-
-static int64_t order_at(const psa_order *order, int64_t b, int64_t h, int64_t p) {
-    return order->index ? order->index[b * order->stride_b + h * order->stride_h + p] : p;
-}
-
-/* x [B][H][N][D] permuted (or put back) into a new array. */
-static double *permuted(const double *x, const psa_order *order, int64_t B, int64_t H, int64_t N, int64_t D, int back) {
-    double *to = (double *)xmalloc((size_t)(B * H * N * D) * sizeof *to);
-    for (int64_t row = 0; row < B * H; row++)
-        for (int64_t p = 0; p < N; p++) {
-            int64_t token = order_at(order, row / H, row % H, p);
-            memcpy(to + (row * N + (back ? token : p)) * D, x + (row * N + (back ? p : token)) * D,
-                   (size_t)D * sizeof *to);
-        }
-    return to;
 }
 
 /* ---- grids ---- */

@@ -14,7 +14,7 @@ test_options test_opt = {0, 0, "tests/data", 1};
 
 static const test_case *const tables[] = {tests_oracle, tests_golden,  tests_attend, tests_score,   tests_mask,
                                           tests_order,  tests_convert, tests_errors, tests_threads, tests_preset,
-                                          tests_leaves};
+                                          tests_leaves, tests_tree,    tests_recipe};
 
 static const char *current;
 static uint64_t test_seed, state;

@@ -277,6 +277,35 @@ double *doubles_of(const float *x, size_t n) {
     return to;
 }
 
+/* ---- orders ---- */
+
+int is_permutation(const int32_t *index, int64_t n) {
+    char *seen = (char *)calloc((size_t)n, 1);
+    int ok = seen != NULL;
+    for (int64_t i = 0; ok && i < n; i++) {
+        ok = index[i] >= 0 && index[i] < n && !seen[index[i]];
+        if (ok)
+            seen[index[i]] = 1;
+    }
+    free(seen);
+    return ok;
+}
+
+int64_t order_at(const psa_order *order, int64_t b, int64_t h, int64_t p) {
+    return order->index ? order->index[b * order->stride_b + h * order->stride_h + p] : p;
+}
+
+double *permuted(const double *x, const psa_order *order, int64_t B, int64_t H, int64_t N, int64_t D, int back) {
+    double *to = (double *)xmalloc((size_t)(B * H * N * D) * sizeof *to);
+    for (int64_t row = 0; row < B * H; row++)
+        for (int64_t p = 0; p < N; p++) {
+            int64_t token = order_at(order, row / H, row % H, p);
+            memcpy(to + (row * N + (back ? token : p)) * D, x + (row * N + (back ? p : token)) * D,
+                   (size_t)D * sizeof *to);
+        }
+    return to;
+}
+
 /* ---- one attention call ---- */
 
 static psa_type random_type(void) { return (psa_type)rnd_int(PSA_F32, PSA_BF16); }
@@ -312,6 +341,27 @@ psa_desc desc_random_blocks(const shape *s) {
     d.n_threads = 7;
     d.seed = rnd_u64();
     return d;
+}
+
+void desc_random_recipe(psa_desc *d) {
+    d->causal = 0;
+    d->block_q = 16 * rnd_int(1, 4);
+    d->score = (psa_score_kind)rnd_int(PSA_SCORE_SAMPLE, PSA_SCORE_EXACT);
+    d->mask = (psa_mask_kind)rnd_int(PSA_MASK_TOPK, PSA_MASK_ERROR);
+    d->tree = (psa_tree_kind)rnd_int(PSA_TREE_NONE, PSA_TREE_QKV);
+    d->metric = (psa_metric_kind)rnd_int(PSA_METRIC_LOGIT, PSA_METRIC_EUCLID);
+    d->tilt = rnd_chance(50);
+    d->skip_mean = rnd_chance(40);
+    if (rnd_chance(60))
+        d->density = rnd_chance(90) ? rnd_uniform() + 1e-6 : 1, d->density_per_head = rnd_chance(50);
+    if (d->mask != PSA_MASK_ERROR)
+        return;
+    d->score = rnd_chance(50) ? PSA_SCORE_POOLED : PSA_SCORE_SAMPLE; /* which stands for it */
+    d->lambda = d->density > 0 ? 0 : pow(10, -6 * rnd_uniform());
+    if (rnd_chance(60)) {
+        d->score_group[0] = 1 << rnd_int(0, 4);
+        d->score_group[1] = 2 << rnd_int(0, 3);
+    }
 }
 
 psa_isa isa_random(void) {
@@ -365,6 +415,13 @@ float *setup_scores(const setup *s) { return (float *)guarded_data(&s->scores); 
 uint8_t *setup_levels(const setup *s) { return (uint8_t *)guarded_data(&s->levels); }
 float *setup_lse(const setup *s) { return (float *)guarded_data(&s->lse); }
 
+int run_prepare(setup *s, int nth) {
+    int ok = 1;
+    for (int i = 0; i < nth; i++)
+        ok &= CHECK_RESULT(psa_prepare(&s->plan, s->q.t.data, s->k.t.data, guarded_data(&s->work), i, nth), PSA_OK);
+    return ok;
+}
+
 int run_pool(setup *s, int nth) {
     int ok = 1;
     for (int i = 0; i < nth; i++)
@@ -380,12 +437,23 @@ int run_score(setup *s, int nth) {
     return ok;
 }
 
+int run_budget(setup *s, int nth) {
+    int ok = 1;
+    for (int i = 0; i < nth; i++)
+        ok &= CHECK_RESULT(psa_budget(&s->plan, setup_scores(s), guarded_data(&s->work), i, nth), PSA_OK);
+    return ok;
+}
+
 int run_mask(setup *s, int nth) {
     int ok = 1;
     for (int i = 0; i < nth; i++)
         ok &=
             CHECK_RESULT(psa_mask(&s->plan, setup_scores(s), guarded_data(&s->work), setup_levels(s), i, nth), PSA_OK);
     return ok;
+}
+
+void run_levels(setup *s, int nth) {
+    run_prepare(s, nth), run_pool(s, nth), run_score(s, nth), run_budget(s, nth), run_mask(s, nth);
 }
 
 int run_attend(setup *s, const uint8_t *levels, int nth) {
