@@ -497,6 +497,14 @@ static psa_result attend_on_gpu(gpu *g, const psa_desc *desc, const psa_tensor t
     return result;
 }
 
+/* Nothing stays that is for sparse attention alone. */
+static void make_dense(psa_desc *desc) {
+    desc->mask = PSA_MASK_DENSE;
+    desc->tree = PSA_TREE_NONE;
+    desc->lambda = 0;
+    memset(desc->level_count, 0, sizeof desc->level_count);
+}
+
 static void attend(encoder *e, const psa_desc *desc, psa_tensor q, psa_tensor k, psa_tensor v, psa_tensor out) {
     psa_extra extra;
     psa_plan plan;
@@ -548,6 +556,8 @@ static void cross_attend(encoder *e, float *f) {
     const cross *x = &e->m->cross;
     int C = e->m->C;
     psa_desc dense = e->desc;
+    make_dense(&dense);
+    dense.order_q.index = dense.order_k.index = NULL;
     step s = {e, NULL, NULL, {ready(e, &x->kv)}, 0, NULL};
     step_run(&s, kv_step, HEAD);
     linear q = ready(e, &x->q);
@@ -555,8 +565,6 @@ static void cross_attend(encoder *e, float *f) {
     linear_apply(&q, x->token, 1, row);
     e->widened_used = 0;
     for (int i = 0; i < C; i++) set_element(e->mix, e->type, (size_t)i, row[i]);
-    dense.mask = PSA_MASK_DENSE;
-    dense.order_q.index = dense.order_k.index = NULL;
     attend(e, &dense, head_view(e->m, e->mix, e->type, 1, C), qkv_view(e, 0, 2 * C), qkv_view(e, 1, 2 * C),
            head_view(e->m, f, PSA_F32, 1, C));
     for (int i = 0; i < C; i++) f[i] += x->token[i];
@@ -634,7 +642,7 @@ static void prepare_desc(encoder *e, const psa_desc *desc, psa_order_kind order)
     e->desc.log_user = e;
     e->desc.order_q.index = order == PSA_ORDER_GILBERT ? e->gilbert : NULL;
     e->desc.order_k.index = desc->tree ? NULL : e->desc.order_q.index;
-    if (e->n < FEWEST_KV_BLOCKS * (int64_t)block_k) e->desc.mask = PSA_MASK_DENSE;
+    if (e->n < FEWEST_KV_BLOCKS * (int64_t)block_k) make_dense(&e->desc);
     e->is_dense = e->desc.mask == PSA_MASK_DENSE;
 }
 

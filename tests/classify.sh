@@ -100,6 +100,8 @@ sparse="--pixels $jepa/pixel_values.npy --preset paper-25 --block-q 16 --block-k
 check "one thread" classify "$jepa" $sparse --threads 1 --logits "$tmp/one.npy"
 check "three threads give the same bits" dense "$tmp/one.npy" 0 "$jepa" $sparse --threads 3
 check "sparse logits are not the dense ones" sh -c "! $build/npydiff $jepa/logits.npy $tmp/one.npy 1e-4"
+check "counts of blocks" classify "$jepa" $sparse --preset default --level-count 1,1
+check "price" classify "$jepa" $sparse --preset recipe --lambda .1
 check "JSON report" prints '"top1_agrees":.*true' classify "$jepa" $sparse --compare --json
 
 echo "# video without ffmpeg"
@@ -152,8 +154,10 @@ check "not in the list" rejected "score 'best': expected one of sample," to_file
 check "bad list" rejected "level-end '.1,,.2': expected F,F" to_file "$jepa" "$clip" --level-end .1,,.2
 check "list of zeros" rejected "level-end '0,0': expected F,F" to_file "$jepa" "$clip" --level-end 0,0
 check "unknown preset" rejected "preset 'none': expected one of wan2.1-14b" to_file "$jepa" "$clip" --preset none
-check "an order that needs no grid" rejected "order 'tile': expected one of none, gilbert" to_file "$jepa" "$clip" \
+check "an order of another program" rejected "order 'tile': expected one of none, gilbert, tree" to_file "$jepa" "$clip" \
     --order tile
+check "pictures with trees" rejected "every head has its own" to_file "$jepa" "$clip" --png "$tmp/p" \
+    --order tree
 check "not for this program" rejected "unknown option '--causal'" to_file "$jepa" "$clip" --causal
 check "causal preset" rejected "causal" to_file "$jepa" "$clip" --preset qwen2.5-vl
 check "a block size the library rejects" rejected "block_k" to_file "$jepa" --pixels "$jepa/pixel_values.npy" \

@@ -50,6 +50,9 @@ check "20 clips: top-1 is right" sh -c "$build/classify $model $eval --compare -
     --score-norm >$tmp/report"
 check "top-1 of PSA" at_least 0.8 top1 "$tmp/report"
 check "top-1 agrees with dense" at_least 0.9 agreement "$tmp/report"
+check "20 clips, the recipe" sh -c "$build/classify $model $eval --compare --json --preset recipe >$tmp/report"
+check "top-1 of the recipe" at_least 0.8 top1 "$tmp/report"
+check "its top-1 agrees with dense" at_least 0.9 agreement "$tmp/report"
 check "text report" prints "top-1, % (95 % interval)" classify "$model" $eval --limit 2 --dense
 cp "$tmp/list.csv" "$tmp/eval/"
 check "relative to the list" classify "$model" --eval "$tmp/eval/list.csv" --limit 1

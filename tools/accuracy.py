@@ -40,8 +40,14 @@ def threshold(scale):
     return ("--mask", "threshold", "--level-end", ",".join(f"{1 - (1 - end) ** scale:.6f}" for end in THRESHOLD))
 
 
+def error(density):
+    return ("--mask", "error", "--tilt", "--density", str(density))
+
+
 # name, mask(scale), further options
 ROWS = [
+    ("recipe", error, ("--order", "tree")),
+    ("recipe in Gilbert order", error, GILBERT),
     ("PSA: top-k, sampled softmax scores, Gilbert order", topk, BASE),
     ("threshold", threshold, BASE),
     ("similarity cap", topk, BASE + ("--sim-min", ".75,.7,.7")),
@@ -106,6 +112,8 @@ class Study:
         return middle
 
     def row(self, mask, options, density):
+        if mask is error:
+            return self.run(mask(density) + options, len(self.labels))
         path = self.cache_path(mask.__name__, options, density) + ".scale"
         if not os.path.exists(path):
             scale = self.calibrate(mask, options, density)
