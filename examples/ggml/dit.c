@@ -389,6 +389,7 @@ static void print_run(const job *j, const run *r, const run *dense, const run *f
             printf("  %6.4f", relative_error(r->latents[i], fresh->latents[i], j->size));
         printf("\n");
     }
+    fflush(stdout);
 }
 
 /* Value of channel c at a pixel of a frame. */
@@ -553,12 +554,13 @@ int main(int argc, char **argv) {
            psa_isa_name(psa_isa_detect()));
     printf("error: of the latent, against the dense run\n");
     snprintf(kept, sizeof kept, "psa, map kept for %d", j.s.keep);
-    run runs[3] = {denoise(&j, "ggml", 0, 1), denoise(&j, "psa", 1, 1)};
-    int n_runs = 2;
-    if (j.s.keep > 1)
-        runs[n_runs++] = denoise(&j, kept, 1, j.s.keep);
-    for (int i = 0; i < n_runs; i++)
+    const char *names[3] = {"ggml", "psa", kept};
+    run runs[3];
+    int n_runs = j.s.keep > 1 ? 3 : 2;
+    for (int i = 0; i < n_runs; i++) {
+        runs[i] = denoise(&j, names[i], i > 0, i == 2 ? j.s.keep : 1);
         print_run(&j, &runs[i], &runs[0], i == 2 ? &runs[1] : NULL);
+    }
     if (j.s.png)
         write_strip(&j, runs, n_runs);
     for (int i = 0; i < n_runs; i++)

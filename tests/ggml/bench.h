@@ -155,7 +155,8 @@ static void print_rows(const bench *b) {
 }
 
 static void bench_shape(int64_t n, int64_t d, enum ggml_type type, int threads, int rounds) {
-    bench b = {.s = {"bench", type, d, d, n, n, 2, 2, 1, 1}, .threads = threads, .rounds = rounds};
+    int64_t heads = n > 8192 ? 1 : 2;
+    bench b = {.s = {"bench", type, d, d, n, n, heads, heads, 1, 1}, .threads = threads, .rounds = rounds};
     add_rows(&b);
     time_rows(&b);
     print_rows(&b);
