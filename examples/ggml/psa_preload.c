@@ -246,8 +246,8 @@ static void log_node(const workspace *w, const struct ggml_tensor *node, double 
     const psa_plan *p = &w->plan;
     psa_stats_from_levels(p, w->levels, -1, -1, &stats);
     fprintf(stderr, "psa: layer %d: %lld heads, %lld x %lld tokens, D %lld, %s: density %.3f, %.1f ms\n",
-            taken_layer(node), (long long)p->Hq, (long long)p->Nq, (long long)p->Nk, (long long)p->D, ggml_type_name(node->src[1]->type),
-            stats.density, 1e3 * seconds);
+            taken_layer(node), (long long)p->Hq, (long long)p->Nq, (long long)p->Nk, (long long)p->D,
+            ggml_type_name(node->src[1]->type), stats.density, 1e3 * seconds);
 }
 
 typedef void barrier_fn(struct ggml_threadpool *pool);
