@@ -74,10 +74,10 @@ static void odd_tokens(tensor *t, int kind) {
             x = kind == 1   ? 0
                 : kind == 2 ? 3 + (double)d
                 : kind == 3 ? (double)((n * 7 % 3) * (d + 1)) /* three different tokens */
-                : kind == 4 ? x * 1e18
+                : kind == 4 ? x * 2e17
                 : kind == 5 ? x * 1e-30
-                : kind == 7 ? x * pow(10, 45 * rnd_uniform() - 25) /* some rows too long for f32 */
-                            : x;
+                : kind == 7 ? (rnd_chance(3) ? copysign(1e20, x) : x * pow(10, 43 * rnd_uniform() - 25))
+                            : x; /* 1e20: finite, but too long for its square */
             if (bad && d == i % t->t.ne[0])
                 x = which == 0 ? NAN : which == 1 ? INFINITY : which == 2 ? -INFINITY : 3e38;
             tensor_set(t, d, n, h, b, x);
@@ -246,7 +246,7 @@ static void tree_tight(void) {
                 const tensor *t = keys ? &s.k : &s.q;
                 double before = looseness(t->x, NULL, t->t.ne[1], x.D, ones, L);
                 double after = looseness(t->x, tree_order(&s, keys).index, t->t.ne[1], x.D, ones, L);
-                CHECK(after < .4 * before, "keys %d, groups of %d: variance %g, before %g", keys, L, after, before);
+                CHECK(after < .5 * before, "keys %d, groups of %d: variance %g, before %g", keys, L, after, before);
             }
         setup_free(&s);
     }
