@@ -519,6 +519,7 @@ static void job_init(job *j) {
     psa_order_gilbert(s->grid[0], s->grid[1], s->grid[2], order);
     j->desc.order_q.index = j->desc.order_k.index = order;
     j->desc.score_norm = 1;
+    j->desc.density = 0.15;
     j->desc.n_threads = s->threads;
     j->desc.log_fn = log_line;
     j->backend = ggml_backend_cpu_init();

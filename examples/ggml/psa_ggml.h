@@ -9,8 +9,8 @@
  *     struct ggml_tensor *sparse = psa_ggml_replace(ctx, out, &desc);
  *     if (sparse) out = sparse;                     // else ggml's own node stays; desc.log_fn was told why
  *
- * Each stage of psa.h (pool, score, mask, attend) is one ggml_custom_4d node: ggml's threads run it, ggml's barrier
- * stands between the stages, and ggml's allocator owns the workspace, the scores and the level map. Nothing is
+ * Each stage of psa.h (prepare, pool, score, budget, mask, attend) is one custom node: ggml's threads run it, ggml's
+ * barrier stands between the stages, and ggml's allocator owns the workspace, the scores and the level map. Nothing is
  * allocated or locked in a callback. A scheduler keeps custom nodes on the CPU.
  *
  * q [D, Nq, Hq, B], k [D, Nk, Hkv, B], v [Dv, Nk, Hkv, B] as for ggml_flash_attn_ext: f32, f16 or bf16, k and v the
@@ -32,13 +32,14 @@
 extern "C" {
 #endif
 
-/* out = attention(q, k, v): pool, score, mask, attend. NULL if these tensors or this desc are not possible, or if ctx
+/* out = attention(q, k, v), all stages. NULL if these tensors or this desc are not possible, or if ctx
  * has less than psa_ggml_overhead() bytes left. */
 PSA_API struct ggml_tensor *psa_ggml_attention(struct ggml_context *ctx, struct ggml_tensor *q, struct ggml_tensor *k,
                                                struct ggml_tensor *v, const psa_desc *desc);
 
 /* The same with a level map of the caller's, an i8 tensor [nk, nq, Hq, B] whose bytes are levels: nothing is scored. An
- * entry that is no level of the desc is found when the graph runs: the output is then NaN. */
+ * entry that is no level of the desc is found when the graph runs: the output is then NaN. NULL with a tree in the
+ * desc: it is found anew in every graph, and a map of blocks of other tokens means nothing. */
 PSA_API struct ggml_tensor *psa_ggml_attend(struct ggml_context *ctx, struct ggml_tensor *q, struct ggml_tensor *k,
                                             struct ggml_tensor *v, struct ggml_tensor *levels, const psa_desc *desc);
 
@@ -150,12 +151,20 @@ static int psa_ggml__threads(const psa_plan *plan, int nth)
     return nth < plan->desc.n_threads ? nth : plan->desc.n_threads;
 }
 
-/* src: k, v */
+/* src: q, k */
+static void psa_ggml__prepare(struct ggml_tensor *work, int ith, int nth, void *user)
+{
+    const psa_plan *plan = (const psa_plan *)user;
+    int n = psa_ggml__threads(plan, nth);
+    if (ith < n) psa_prepare(plan, work->src[0]->data, work->src[1]->data, work->data, ith, n);
+}
+
+/* In place; src: work, k, v */
 static void psa_ggml__pool(struct ggml_tensor *work, int ith, int nth, void *user)
 {
     const psa_plan *plan = (const psa_plan *)user;
     int n = psa_ggml__threads(plan, nth);
-    if (ith < n) psa_pool(plan, work->src[0]->data, work->src[1]->data, work->data, ith, n);
+    if (ith < n) psa_pool(plan, work->src[1]->data, work->src[2]->data, work->data, ith, n);
 }
 
 /* src: q, k, work */
@@ -165,6 +174,14 @@ static void psa_ggml__score(struct ggml_tensor *scores, int ith, int nth, void *
     struct ggml_tensor *const *src = scores->src;
     int n = psa_ggml__threads(plan, nth);
     if (ith < n) psa_score(plan, src[0]->data, src[1]->data, src[2]->data, (float *)scores->data, ith, n);
+}
+
+/* In place; src: work, scores */
+static void psa_ggml__budget(struct ggml_tensor *work, int ith, int nth, void *user)
+{
+    const psa_plan *plan = (const psa_plan *)user;
+    int n = psa_ggml__threads(plan, nth);
+    if (ith < n) psa_budget(plan, (const float *)work->src[1]->data, work->data, ith, n);
 }
 
 /* src: scores, work */
@@ -200,21 +217,45 @@ static struct ggml_tensor *psa_ggml__node(struct ggml_context *ctx, const char *
     return ggml_set_name(node, name);
 }
 
-static struct ggml_tensor *psa_ggml__levels_node(struct ggml_context *ctx, psa_plan *plan, struct ggml_tensor *q,
-                                                 struct ggml_tensor *k, struct ggml_tensor *work)
+/* A stage that goes on with the workspace: the result is a view of it, so that later stages wait for this one. */
+static struct ggml_tensor *psa_ggml__step(struct ggml_context *ctx, const char *name, struct ggml_tensor *work,
+                                          struct ggml_tensor **src, int n_src, ggml_custom_op_t stage, psa_plan *plan)
 {
-    const int64_t map[4] = {plan->nk, plan->nq, plan->Hq, plan->B};
-    struct ggml_tensor *score_src[3], *mask_src[2];
-    score_src[0] = q, score_src[1] = k, score_src[2] = work;
-    mask_src[0] = psa_ggml__node(ctx, "psa_score", GGML_TYPE_F32, map, score_src, 3, psa_ggml__score, plan);
-    mask_src[1] = work;
-    return psa_ggml__node(ctx, "psa_mask", GGML_TYPE_I8, map, mask_src, 2, psa_ggml__mask, plan);
+    return ggml_set_name(ggml_custom_inplace(ctx, work, src, n_src, stage, GGML_N_TASKS_MAX, plan), name);
 }
 
-static int psa_ggml__levels_fit(const psa_plan *plan, const struct ggml_tensor *levels)
+/* The workspace with pooled keys and values. */
+static struct ggml_tensor *psa_ggml__work_nodes(struct ggml_context *ctx, psa_plan *plan, struct ggml_tensor *q,
+                                                struct ggml_tensor *k, struct ggml_tensor *v)
 {
-    return levels->type == GGML_TYPE_I8 && ggml_is_contiguous(levels) && levels->ne[0] == plan->nk &&
-           levels->ne[1] == plan->nq && levels->ne[2] == plan->Hq && levels->ne[3] == plan->B;
+    const int64_t bytes[4] = {(int64_t)psa_work_size(plan), 1, 1, 1};
+    struct ggml_tensor *qk[2], *kv[2], *work;
+    qk[0] = q, qk[1] = kv[0] = k, kv[1] = v;
+    work = psa_ggml__node(ctx, "psa_prepare", GGML_TYPE_I8, bytes, qk, 2, psa_ggml__prepare, plan);
+    return psa_ggml__step(ctx, "psa_pool", work, kv, 2, psa_ggml__pool, plan);
+}
+
+/* The level map; *work becomes the workspace after it. */
+static struct ggml_tensor *psa_ggml__levels_nodes(struct ggml_context *ctx, psa_plan *plan, struct ggml_tensor *q,
+                                                  struct ggml_tensor *k, struct ggml_tensor **work)
+{
+    const int64_t map[4] = {plan->nk, plan->nq, plan->Hq, plan->B};
+    struct ggml_tensor *src[3], *scores;
+    src[0] = q, src[1] = k, src[2] = *work;
+    scores = psa_ggml__node(ctx, "psa_score", GGML_TYPE_F32, map, src, 3, psa_ggml__score, plan);
+    *work = psa_ggml__step(ctx, "psa_budget", *work, &scores, 1, psa_ggml__budget, plan);
+    src[0] = scores, src[1] = *work;
+    return psa_ggml__node(ctx, "psa_mask", GGML_TYPE_I8, map, src, 2, psa_ggml__mask, plan);
+}
+
+/* NULL, or what is wrong with the caller's map. */
+static const char *psa_ggml__bad_levels(const psa_plan *plan, const struct ggml_tensor *levels)
+{
+    int fits = levels->ne[0] == plan->nk && levels->ne[1] == plan->nq && levels->ne[2] == plan->Hq;
+    if (!fits || levels->ne[3] != plan->B || levels->type != GGML_TYPE_I8 || !ggml_is_contiguous(levels)) {
+        return "psa_ggml: levels: expected a contiguous i8 tensor [nk, nq, Hq, B]";
+    }
+    return plan->desc.tree ? "psa_ggml: levels: unsupported with a tree, which is found anew in every graph" : NULL;
 }
 
 /* Where a context owns its tensors' data they need room too: work, scores, levels and output. */
@@ -225,30 +266,34 @@ static size_t psa_ggml__room(struct ggml_context *ctx, const psa_plan *plan)
     return psa_ggml_overhead() + (ggml_get_no_alloc(ctx) ? 0 : data);
 }
 
+static struct ggml_tensor *psa_ggml__refuse(const psa_desc *desc, psa_result result, const char *line)
+{
+    psa_ggml__fail(desc, result, line);
+    return NULL;
+}
+
 /* levels NULL: scored and masked here, unless the desc is dense. */
 static struct ggml_tensor *psa_ggml__build(struct ggml_context *ctx, struct ggml_tensor *q, struct ggml_tensor *k,
                                            struct ggml_tensor *v, struct ggml_tensor *levels, const psa_desc *desc)
 {
     struct ggml_tensor *src[5];
-    int64_t bytes[4] = {0, 1, 1, 1}, ne[4];
+    int64_t ne[4];
     psa_plan made, *plan;
     if (psa_ggml__plan(&made, desc, q, k, v) != PSA_OK) return NULL;
-    if (levels && !psa_ggml__levels_fit(&made, levels)) {
-        psa_ggml__fail(desc, PSA_ERR_LEVEL_MAP, "psa_ggml: levels: expected a contiguous i8 tensor [nk, nq, Hq, B]");
-        return NULL;
+    if (levels && psa_ggml__bad_levels(&made, levels)) {
+        return psa_ggml__refuse(desc, PSA_ERR_LEVEL_MAP, psa_ggml__bad_levels(&made, levels));
     }
     if (ggml_get_mem_size(ctx) - ggml_used_mem(ctx) < psa_ggml__room(ctx, &made)) {
-        psa_ggml__fail(desc, PSA_ERR_MEMORY, "psa_ggml: the context has no room; make it psa_ggml_overhead() larger");
-        return NULL;
+        return psa_ggml__refuse(desc, PSA_ERR_MEMORY, "psa_ggml: the context has no room for psa_ggml_overhead()");
     }
     plan = (psa_plan *)ggml_new_buffer(ctx, sizeof *plan);
     *plan = made;
-    bytes[0] = (int64_t)psa_work_size(plan);
     ne[0] = plan->Dv, ne[1] = plan->Hq, ne[2] = plan->Nq, ne[3] = plan->B;
     src[0] = q, src[1] = k, src[2] = v;
-    src[3] = psa_ggml__node(ctx, "psa_pool", GGML_TYPE_I8, bytes, src + 1, 2, psa_ggml__pool, plan);
-    src[4] = levels || desc->mask == PSA_MASK_DENSE ? levels : psa_ggml__levels_node(ctx, plan, q, k, src[3]);
-    return psa_ggml__node(ctx, "psa_attend", GGML_TYPE_F32, ne, src, src[4] ? 5 : 4, psa_ggml__attend, plan);
+    src[3] = psa_ggml__work_nodes(ctx, plan, q, k, v);
+    if (!levels && desc->mask != PSA_MASK_DENSE) levels = psa_ggml__levels_nodes(ctx, plan, q, k, &src[3]);
+    src[4] = levels;
+    return psa_ggml__node(ctx, "psa_attend", GGML_TYPE_F32, ne, src, levels ? 5 : 4, psa_ggml__attend, plan);
 }
 
 PSA__DEF struct ggml_tensor *psa_ggml_attention(struct ggml_context *ctx, struct ggml_tensor *q, struct ggml_tensor *k,
@@ -260,9 +305,8 @@ PSA__DEF struct ggml_tensor *psa_ggml_attention(struct ggml_context *ctx, struct
 PSA__DEF struct ggml_tensor *psa_ggml_attend(struct ggml_context *ctx, struct ggml_tensor *q, struct ggml_tensor *k,
                                              struct ggml_tensor *v, struct ggml_tensor *levels, const psa_desc *desc)
 {
-    if (levels) return psa_ggml__build(ctx, q, k, v, levels, desc);
-    psa_ggml__fail(desc, PSA_ERR_NULL, "psa_ggml: levels must not be NULL");
-    return NULL;
+    if (!levels) return psa_ggml__refuse(desc, PSA_ERR_NULL, "psa_ggml: levels must not be NULL");
+    return psa_ggml__build(ctx, q, k, v, levels, desc);
 }
 
 PSA__DEF struct ggml_tensor *psa_ggml_replace(struct ggml_context *ctx, const struct ggml_tensor *node,
@@ -275,10 +319,10 @@ PSA__DEF struct ggml_tensor *psa_ggml_replace(struct ggml_context *ctx, const st
 
 PSA__DEF struct ggml_tensor *psa_ggml_levels(const struct ggml_tensor *out) { return out->src[4]; }
 
-/* A plan and four nodes; a buffer's bookkeeping is that of a tensor at most. */
+/* A plan and six nodes; a buffer's bookkeeping is that of a tensor at most. */
 PSA__DEF size_t psa_ggml_overhead(void)
 {
-    return 5 * ggml_tensor_overhead() + sizeof(psa_plan) + GGML_MEM_ALIGN;
+    return 7 * ggml_tensor_overhead() + sizeof(psa_plan) + GGML_MEM_ALIGN;
 }
 
 #ifdef __cplusplus

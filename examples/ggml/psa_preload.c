@@ -4,7 +4,7 @@
  *     PSA_LOG=1 LD_PRELOAD=./libpsa_preload.so PROGRAM ...
  *
  *     PSA_PRESET=NAME       settings of a published model (build/psa info lists them); default: those of psa.h
- *     PSA_DENSITY=0.15      level_end is scaled to this density; top-k presets only
+ *     PSA_DENSITY=0.15      share of dense attention's multiply-adds; default: what the settings make
  *     PSA_GRID=T,H,W        tokens of the video: with them the Gilbert order is used for sequences of this length
  *     PSA_MIN_LENGTH=1024   shorter sequences of queries or keys are left to ggml
  *     PSA_LAYERS=2-5,8      which nodes of a graph, counted from 0; default: all
@@ -88,39 +88,20 @@ static void read_preset(const char *name) {
         refuse("PSA_PRESET", "one without causal attention: nodes with a mask are left to ggml");
 }
 
-/* Density of top-k with its level ends multiplied by factor. */
-static double scaled_density(const double *level_end, double factor, double *scaled) {
-    double density = 0, before = 0;
-    for (int i = 0; i < PSA_MAX_LEVELS && level_end[i] > 0; i++) {
-        scaled[i] = fmin(1, factor * level_end[i]);
-        density += (scaled[i] - before) / (1 << i);
-        before = scaled[i];
-    }
-    return density;
-}
-
 static void read_density(const char *text) {
-    static const double usual[PSA_MAX_LEVELS] = {.1, .15, .15, .35};
-    const double *ends = settings.desc.level_end[0] > 0 ? settings.desc.level_end : usual;
-    double base[PSA_MAX_LEVELS], low = 0, high = 1 / ends[0];
     char *end;
-    double density = strtod(text, &end);
-    if (end == text || *end || !(density > 0 && density <= 1))
+    settings.desc.density = strtod(text, &end);
+    if (end == text || *end || !(settings.desc.density > 0 && settings.desc.density <= 1))
         refuse("PSA_DENSITY", "a number above 0, at most 1");
-    if (settings.desc.mask != PSA_MASK_TOPK)
-        refuse("PSA_DENSITY", "a preset with a top-k mask; the density of others depends on what they see");
-    memcpy(base, ends, sizeof base);
-    for (int i = 0; i < 60; i++) {
-        double middle = 0.5 * (low + high);
-        *(scaled_density(base, middle, settings.desc.level_end) < density ? &low : &high) = middle;
-    }
-    if (density == 1)
+    if (settings.desc.density == 1)
         settings.desc.mask = PSA_MASK_DENSE;
 }
 
 /* The preset's text tokens, if any, come before the video's. */
 static void read_grid(const char *text) {
     long grid[3];
+    if (settings.desc.tree)
+        refuse("PSA_GRID", "a preset without a tree, which orders the tokens itself");
     for (int i = 0; i < 3; i++) {
         grid[i] = number(&text);
         if (grid[i] < 1 || grid[i] > 65535 || *text != (i < 2 ? ',' : 0))
@@ -260,9 +241,13 @@ static void run_node(const struct ggml_compute_params *params, struct ggml_tenso
     if (ith == 0)
         workspace_init(w, node, nth);
     barrier(params->threadpool);
+    psa_prepare(&w->plan, q, k, w->work, ith, nth);
+    barrier(params->threadpool);
     psa_pool(&w->plan, k, v, w->work, ith, nth);
     barrier(params->threadpool);
     psa_score(&w->plan, q, k, w->work, w->scores, ith, nth);
+    barrier(params->threadpool);
+    psa_budget(&w->plan, w->scores, w->work, ith, nth);
     barrier(params->threadpool);
     psa_mask(&w->plan, w->scores, w->work, w->levels, ith, nth);
     barrier(params->threadpool);

@@ -28,9 +28,9 @@ nmse() {
 same() { [ "$(grep -E "$3" <<<"$1")" = "$(grep -E "$3" <<<"$2")" ]; }   # these nodes have the same bits
 differ() { ! same "$@"; }
 
-refused() { # refused NAME=VALUE EXPECTED: one line, exit status 2, nothing computed
+refused() { # refused NAME=VALUE EXPECTED [NAME=VALUE...]: one line, exit status 2, nothing computed
     local out rc
-    out=$(plain 1 "$1")
+    out=$(plain 1 "$1" "${@:3}")
     rc=$?
     [ $rc = 2 ] && [ -z "$out" ] && [ "$(wc -l <"$dir/said")" = 1 ] && grep -q "$1: expected $2" "$dir/said"
 }
@@ -64,6 +64,11 @@ for threads in 1 2; do
     check 'layer 0 is not asked for' same "$stock" "$ours" '^long:'
     check 'layer 1 is' differ "$stock" "$ours" '^long, f16'
 
+    ours=$(plain $threads PSA_PRESET=recipe PSA_DENSITY=0.3)
+    check 'the recipe' nmse "$ours" 'long' 1e-9 1e-2
+    check 'the recipe, f16' nmse "$ours" 'long, f16, gqa' 1e-9 1e-2
+    check 'the density asked for' said 'density 0\.(29|30)' 4
+
     ours=$(plain $threads PSA_PRESET=wan2.1-1.3b)
     check 'a preset' nmse "$ours" 'long' 1e-9 1e-2
     with_grid=$(plain $threads PSA_PRESET=wan2.1-1.3b PSA_GRID=13,10,12)
@@ -78,5 +83,6 @@ check 'bad length' refused PSA_MIN_LENGTH=long 'a number of tokens'
 check 'bad layers' refused PSA_LAYERS=3- 'ranges'
 check 'layers backwards' refused PSA_LAYERS=3-2 'ranges'
 check 'bad grid' refused PSA_GRID=4,4 'three extents'
+check 'grid and tree' refused PSA_GRID=13,10,12 'a preset without a tree' PSA_PRESET=recipe
 echo "preload: $passed passed, $failed failed"
 [ $failed = 0 ]

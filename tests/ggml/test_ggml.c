@@ -172,37 +172,47 @@ static void one_call(const psa_desc *desc, const qkv *x, float *out) {
 }
 
 /* Three layers, each on the output of the one before, which the allocator lays out as tightly as it can. */
-static void test_graph(void) {
+static void three_layers(const char *name, psa_desc desc, int threads) {
     const int64_t size = graph_shape.dv * graph_shape.heads * graph_shape.nq;
     float *want = malloc((size_t)size * sizeof *want);
-    for (int threads = 1; threads <= 4; threads++) {
-        graph g = graph_new(threads);
-        psa_desc desc = {.level_end = {.2, .3, .4, .6}, .skip_mean = 1, .n_sim_min = 1, .sim_min = {.1},
-                         .n_threads = threads};
-        qkv x = inputs(&g, &graph_shape), layer = x;
-        struct ggml_tensor *out[3];
-        for (int i = 0; i < 3; i++) {
-            struct ggml_tensor *y = psa_ggml_attention(g.ctx, layer.q, layer.k, layer.v, &desc);
-            out[i] = ggml_add(g.ctx, ggml_scale(g.ctx, y, 3), ggml_permute(g.ctx, layer.q, 0, 2, 1, 3));
-            layer.q = layer.k = layer.v = ggml_permute(g.ctx, out[i], 0, 2, 1, 3);
-            graph_output(&g, out[i]);
-        }
-        graph_run(&g, &x);
-        for (int i = 0; i < 3; i++) {
-            float *got = values(out[i]), *before = values(i ? out[i - 1] : x.leaf[0]);
-            qkv from = x;
-            if (i)
-                from.q = from.k = from.v = ggml_permute(g.ctx, out[i - 1], 0, 2, 1, 3);
-            one_call(&desc, &from, want);
-            for (int64_t j = 0; j < size; j++)
-                want[j] = want[j] * 3 + before[j];
-            CHECK(memcmp(got, want, (size_t)size * sizeof *got) == 0, "layer %d, %d threads: other bits", i, threads);
-            free(got);
-            free(before);
-        }
-        graph_free(&g);
+    graph g = graph_new(threads);
+    qkv x = inputs(&g, &graph_shape), layer = x;
+    struct ggml_tensor *out[3];
+    desc.n_threads = threads;
+    for (int i = 0; i < 3; i++) {
+        struct ggml_tensor *y = psa_ggml_attention(g.ctx, layer.q, layer.k, layer.v, &desc);
+        out[i] = ggml_add(g.ctx, ggml_scale(g.ctx, y, 3), ggml_permute(g.ctx, layer.q, 0, 2, 1, 3));
+        layer.q = layer.k = layer.v = ggml_permute(g.ctx, out[i], 0, 2, 1, 3);
+        graph_output(&g, out[i]);
     }
+    graph_run(&g, &x);
+    for (int i = 0; i < 3; i++) {
+        float *got = values(out[i]), *before = values(i ? out[i - 1] : x.leaf[0]);
+        qkv from = x;
+        if (i)
+            from.q = from.k = from.v = ggml_permute(g.ctx, out[i - 1], 0, 2, 1, 3);
+        one_call(&desc, &from, want);
+        for (int64_t j = 0; j < size; j++)
+            want[j] = want[j] * 3 + before[j];
+        CHECK(memcmp(got, want, (size_t)size * sizeof *got) == 0, "%s, layer %d, %d threads: other bits", name, i,
+              threads);
+        free(got);
+        free(before);
+    }
+    graph_free(&g);
     free(want);
+}
+
+static void test_graph(void) {
+    psa_desc capped = {.level_end = {.2, .3, .4, .6}, .skip_mean = 1, .n_sim_min = 1, .sim_min = {.1}};
+    psa_desc budget = {.density = .3}, dense = {.mask = PSA_MASK_DENSE}, recipe;
+    CHECK(psa_desc_preset("recipe", &recipe) == PSA_OK, "preset");
+    for (int threads = 1; threads <= 4; threads++) {
+        three_layers("capped", capped, threads);
+        three_layers("budget", budget, threads);
+        three_layers("recipe", recipe, threads);
+        three_layers("dense", dense, threads);
+    }
 }
 
 /* More threads in the backend than the plan has scratch for. */
@@ -303,6 +313,7 @@ static void test_refused_tensors(void) {
     struct ggml_tensor *heads = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, 64, 640, 3);
     struct ggml_tensor *turned = ggml_permute(g.ctx, ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, 640, 64, 2), 1, 0, 2, 3);
     const int64_t maps[][4] = {{9, 5, 2, 1}, {10, 4, 2, 1}, {10, 5, 1, 1}, {10, 5, 2, 2}}; /* expected: 10, 5, 2, 1 */
+    const psa_desc tree = {.tree = PSA_TREE_QKV, .log_fn = log_line, .log_user = logged};
     const psa_desc unknown = {.block_q = 7, .log_fn = log_line, .log_user = logged};
     REFUSED(psa_ggml_attention(g.ctx, x.q, t, t, &logging), "q8_0");
     REFUSED(psa_ggml_attention(g.ctx, x.q, NULL, x.v, &logging), "NULL");
@@ -313,6 +324,8 @@ static void test_refused_tensors(void) {
     for (int i = 0; i < 4; i++)
         REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, ggml_new_tensor(g.ctx, GGML_TYPE_I8, 4, maps[i]), &logging),
                 "levels");
+    t = ggml_new_tensor_3d(g.ctx, GGML_TYPE_I8, 10, 5, 2);
+    REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, t, &tree), "tree");
     t = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F16, 10, 5, 2);
     REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, t, &logging), "levels");
     REFUSED(psa_ggml_attend(g.ctx, x.q, x.k, x.v, NULL, &logging), "levels");
