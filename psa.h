@@ -3139,8 +3139,9 @@ static void psa__pool_spread(const psa_plan *p, const psa__weights *g, int i, in
     for (int64_t t = 0; each > 0 && t < psa__ceil_div(keys, (int64_t)1 << e.fine); t++) {
         float half = 0, m = (float)psa__min(each, n - t * each);
         for (int64_t x = t * each; x < psa__min((t + 1) * each, n); x++) half += g->half[x] / m;
-        mass[t * e.fine + i - 1] = half < 1e6f ? psa__ln_cosh(sqrtf(2.0f * half)) : 0.0f;
-        noise[t * e.fine + i - 1] = half < 1e6f ? 2.0f * half : 0.0f;
+        half = fminf(half, 1e6f); /* squares are taken of it; not NaN */
+        mass[t * e.fine + i - 1] = psa__ln_cosh(sqrtf(2.0f * half));
+        noise[t * e.fine + i - 1] = 2.0f * half;
     }
 }
 
@@ -3172,9 +3173,10 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
             const float *const *rows = w->kp + 2 * t, *const *rows_v = w->vp + 2 * t;
             int pair = 2 * t + 1 < finer;
             if (pair) {
-                float apart = f->spread(variance, rows[0], rows[1], d);
+                float apart = 0.5f * scale * scale * f->spread(variance, rows[0], rows[1], d);
                 float v_apart = errors && values ? f->spread(one, rows_v[0], rows_v[1], dv) : 0.0f;
-                psa__merge_weights(&g, 2 * t, t, 0.5f * scale * scale * apart, v_apart, share);
+                apart = fminf(apart, 1e30f); /* finite: 0 of it may be asked for */
+                psa__merge_weights(&g, 2 * t, t, apart, v_apart, share);
             } else {
                 g.mass[t] = g.mass[2 * t];
                 g.entropy[t] = g.entropy[2 * t];
