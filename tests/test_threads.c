@@ -45,8 +45,13 @@ static psa_desc desc_any(const shape *x) {
     d.block_q = 16 * rnd_int(1, 3);
     d.n_sim_min = rnd_chance(50) ? 2 : 0;
     d.skip_mean = rnd_chance(30);
+    if (!d.causal && rnd_chance(50))
+        desc_random_recipe(&d);
+    d.mask = d.mask == PSA_MASK_DENSE ? PSA_MASK_TOPK : d.mask;
     return d;
 }
+
+static void run_stages(setup *s, int nth) { run_levels(s, nth), run_attend(s, setup_levels(s), nth); }
 
 static void poison_everything(setup *s) {
     setup_poison_outputs(s);
@@ -65,11 +70,11 @@ static void threads_splits(void) {
         psa_desc desc = desc_any(&x);
         if (!setup_init(&s, &desc, &x))
             continue;
-        run_pool(&s, 1), run_score(&s, 1), run_mask(&s, 1), run_attend(&s, setup_levels(&s), 1);
+        run_stages(&s, 1);
         one = take_bits(&s);
         for (int nth = 2; nth <= 7; nth++) {
             poison_everything(&s);
-            run_pool(&s, nth), run_score(&s, nth), run_mask(&s, nth), run_attend(&s, setup_levels(&s), nth);
+            run_stages(&s, nth);
             check_bits(&s, &one, nth);
         }
         free_bits(&one);
@@ -79,7 +84,7 @@ static void threads_splits(void) {
 
 /* ---- real threads ---- */
 
-enum { POOL, SCORE, MASK, ATTEND, STAGES };
+enum { PREPARE, POOL, SCORE, BUDGET, MASK, ATTEND, STAGES };
 
 typedef struct job {
     setup *s;
@@ -91,10 +96,14 @@ static void *run_job(void *argument) {
     job *j = (job *)argument;
     setup *s = j->s;
     void *work = guarded_data(&s->work);
-    if (j->stage == POOL)
+    if (j->stage == PREPARE)
+        j->result = psa_prepare(&s->plan, s->q.t.data, s->k.t.data, work, j->ith, j->nth);
+    else if (j->stage == POOL)
         j->result = psa_pool(&s->plan, s->k.t.data, s->v.t.data, work, j->ith, j->nth);
     else if (j->stage == SCORE)
         j->result = psa_score(&s->plan, s->q.t.data, s->k.t.data, work, setup_scores(s), j->ith, j->nth);
+    else if (j->stage == BUDGET)
+        j->result = psa_budget(&s->plan, setup_scores(s), work, j->ith, j->nth);
     else if (j->stage == MASK)
         j->result = psa_mask(&s->plan, setup_scores(s), work, setup_levels(s), j->ith, j->nth);
     else
@@ -114,10 +123,10 @@ static void threads_real(void) {
         int nth = rnd_int(2, 7);
         if (!setup_init(&s, &desc, &x))
             continue;
-        run_pool(&s, 1), run_score(&s, 1), run_mask(&s, 1), run_attend(&s, setup_levels(&s), 1);
+        run_stages(&s, 1);
         one = take_bits(&s);
         poison_everything(&s);
-        for (int stage = POOL; stage < STAGES; stage++) {
+        for (int stage = PREPARE; stage < STAGES; stage++) {
             pthread_t thread[7];
             job jobs[7];
             for (int i = 0; i < nth; i++) {
@@ -146,15 +155,17 @@ static void threads_plan_copy(void) {
         psa_desc desc = desc_any(&x);
         if (!setup_init(&s, &desc, &x))
             continue;
-        run_pool(&s, 1), run_score(&s, 1), run_mask(&s, 1), run_attend(&s, setup_levels(&s), 1);
+        run_stages(&s, 1);
         bits one = take_bits(&s);
         psa_plan *copy = (psa_plan *)xmalloc(sizeof *copy);
         memcpy(copy, &s.plan, sizeof *copy);
         memset(&s.plan, 0xff, sizeof s.plan), memset(&desc, 0xff, sizeof desc), memset(&s.desc, 0xff, sizeof s.desc);
         poison_everything(&s);
         void *work = guarded_data(&s.work);
+        CHECK_RESULT(psa_prepare(copy, s.q.t.data, s.k.t.data, work, 0, 1), PSA_OK);
         CHECK_RESULT(psa_pool(copy, s.k.t.data, s.v.t.data, work, 0, 1), PSA_OK);
         CHECK_RESULT(psa_score(copy, s.q.t.data, s.k.t.data, work, setup_scores(&s), 0, 1), PSA_OK);
+        CHECK_RESULT(psa_budget(copy, setup_scores(&s), work, 0, 1), PSA_OK);
         CHECK_RESULT(psa_mask(copy, setup_scores(&s), work, setup_levels(&s), 0, 1), PSA_OK);
         CHECK_RESULT(psa_attend(copy, s.q.t.data, s.k.t.data, s.v.t.data, setup_levels(&s), work, s.out.t.data,
                                 setup_lse(&s), 0, 1),
