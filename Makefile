@@ -75,6 +75,7 @@ demo: $B/classify
 test: all $B/readme $B/test_cuda $B/emu/psa $B/emu/classify
 	$B/readme
 	BUILD=$B tests/psa.sh
+	BUILD=$B tests/fidelity.sh
 	BUILD=$B tests/classify.sh
 	BUILD=$B tests/demo.sh
 	BUILD=$B tests/cuda/backend.sh
