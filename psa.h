@@ -501,9 +501,15 @@ typedef struct psa_extra {
 } psa_extra;
 
 /* Pool, score, mask and attend: out = attention(q, k, v). extra may be NULL.
- * Allocates the workspace and a level map through alloc_fn and frees them before it returns. On failure nothing is
- * written to out. Thread-safe; runs desc.n_threads threads. A dense call with one query block per head and many keys
- * (decoding) takes the keys in parts, so that all threads have work, and merges. */
+ * Thread-safe; runs desc.n_threads threads. On failure nothing is written to out. The mask asked for is the mask
+ * computed, however short the sequence. A dense call with one query block per head and many keys (decoding) takes the
+ * keys in parts, so that all threads have work, and merges.
+ *
+ * Memory comes through alloc_fn after all arguments have been checked and goes back before the return: the workspace,
+ * and a level map unless the caller gives one or the plan is dense; or, for keys in parts, one block. Calls with the
+ * same desc, shapes and strides ask for the same sizes in the same order, so alloc_fn may hand out the blocks of the
+ * last call again. That pays: pages that malloc gets from the system are mapped one by one as they are first written.
+ * Where that or making a plan for each call is too much, keep a psa_plan and a workspace and call the stages. */
 PSA_API psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
                                  const psa_tensor *out, psa_extra *extra);
 
@@ -648,7 +654,7 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #if defined(__GNUC__) || defined(__clang__)
 #define PSA__RESTRICT __restrict__
 #define PSA__ALWAYS_INLINE static inline __attribute__((always_inline))
-#define PSA__PREFETCH(p) __builtin_prefetch(p)
+#define PSA__PREFETCH(p) __builtin_prefetch(p, 0, 2) /* into the second-level cache */
 #elif defined(_MSC_VER)
 #define PSA__RESTRICT __restrict
 #define PSA__ALWAYS_INLINE static __forceinline
@@ -672,7 +678,6 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
 #define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
 #define PSA__TILE_K 64                  /* keys in an attention tile */
-#define PSA__SINGLES 4                  /* so few query rows are faster alone than as lanes of a tile */
 #define PSA__NODE 128                   /* tokens of a tree's node that is split in a thread's own memory */
 #define PSA__PRICES 8192                /* steps of a price: 128 for each power of two from 2^-48 to 2^16 */
 #define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
@@ -855,19 +860,22 @@ static void psa__from_f32(void *dst, psa_type type, const float *src, int64_t n)
 /* >>dispatch                                                                                                        */
 /* ================================================================================================================= */
 
-/* A query row against a tile of n keys; K and V rows are of any type. Keys with first[key] > lane are hidden; bias and
- * first may be NULL. s has room for n keys. What lies ahead_k and ahead_v bytes after a row is
- * prefetched, unless 0. */
-typedef struct psa__single {
+/* Few queries against a tile of n keys; K and V rows are of any type. `width` queries, a power of two up to the lanes.
+ * Keys with first[key] > query are hidden; bias and first may be NULL. The next tile's keys,
+ * `ahead` bytes after these, are prefetched. */
+typedef struct psa__few {
     psa_type type;
-    const float *q;             /* [d] */
-    const float *const *k, *const *v;
-    const float *bias;
+    int width;
+    const float *q;             /* for every `lanes` elements of the head, or the 8 that are left: [width][elements] */
+    const float *const *k, *const *v; /* n rows, padded with valid pointers to a multiple of PSA__PAD_K */
+    const float *bias;          /* padded as k */
     const int32_t *first;
-    int64_t n, d, dv, lane;
-    size_t ahead_k, ahead_v;
-    float *s, *m, *l, *o;       /* o [dv]; m, l and o are brought up to date as by softmax and pv */
-} psa__single;
+    int64_t n, d, dv;
+    size_t ahead;
+    float *s;                   /* [keys][width], with room for the padding */
+    float *m, *l, *o;           /* [width], [width], [width][dv]: brought up to date as by softmax and pv */
+    int weights_only;           /* o is left to the caller */
+} psa__few;
 
 /* Rows of s at level score_group[1] and at the coarser ones, and what the predicted error of their block needs. */
 typedef struct psa__errors {
@@ -919,8 +927,8 @@ typedef struct psa__leaves {
     void (*softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot, int64_t dv);
     /* ot += V^T s */
     void (*pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot);
-    /* All of that for a single query; lanes are elements of the head. */
-    void (*single)(const psa__single *x);
+    /* All of that for no more queries than a vector has lanes; lanes are elements of the head. */
+    void (*few)(const psa__few *x);
 
     /* Scoring. Over n keys, for every lane: bm = max s and, if bs is not NULL, bs = sum of exp2(s - bm).
      * NaN counts as not seen; bm of a lane that sees nothing is -BIG. */
@@ -999,6 +1007,7 @@ typedef struct psa__leaves {
 #define PSA__W 1
 #define PSA__NV 4
 #define PSA__ROWS(nv) ((nv) > 2 ? 2 : 4) /* keys (QK) or output rows (PV) in a register tile */
+#define PSA__FEW 4                       /* accumulators of a few queries' register tile */
 #define PSA__HELD(x)
 
 PSA__ALWAYS_INLINE float PSA__(load)(const float *p) { return *p; }
@@ -1014,6 +1023,7 @@ PSA__ALWAYS_INLINE int PSA__(any_greater)(float a, float b) { return a > b; }
 PSA__ALWAYS_INLINE float PSA__(from_lane)(int first, float x, float other) { return first > 0 ? other : x; }
 PSA__ALWAYS_INLINE float PSA__(exp2)(float x) { return psa__exp2(x); }
 PSA__ALWAYS_INLINE void PSA__(transpose)(float *r) { (void)r; }
+PSA__ALWAYS_INLINE float PSA__(sums)(float *r) { return r[0]; } /* lane i: the sum of r[i]'s lanes */
 
 PSA__ALWAYS_INLINE float PSA__(load_as)(psa_type type, const void *p, int64_t i) { return psa__element(type, p, i); }
 
@@ -1028,6 +1038,7 @@ static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
 #define PSA__W 8
 #define PSA__NV 3
 #define PSA__ROWS(nv) ((nv) > 1 ? 4 : 8)
+#define PSA__FEW 8
 #define PSA__HELD(x)
 
 PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(load)(const float *p) { return _mm256_loadu_ps(p); }
@@ -1087,6 +1098,20 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m256 *r)
     PSA__UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
+/* Lane i: the sum of r[i]'s lanes */
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(sums)(__m256 *r)
+{
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        __m256 halves = _mm256_permute2f128_ps(r[i], r[i + 4], 0x21);
+        r[i] = _mm256_add_ps(_mm256_blend_ps(r[i], r[i + 4], 0xf0), halves);
+    }
+    PSA__UNROLL for (int i = 0; i < 2; i++) {
+        __m256 pairs = _mm256_shuffle_ps(r[i], r[i + 2], 0x4e);
+        r[i] = _mm256_add_ps(_mm256_blend_ps(r[i], r[i + 2], 0xcc), pairs);
+    }
+    return _mm256_add_ps(_mm256_blend_ps(r[0], r[1], 0xaa), _mm256_permute_ps(_mm256_blend_ps(r[1], r[0], 0xaa), 0xb1));
+}
+
 /* Elements i, i + 1, ... of a row of any type */
 PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(load_as)(psa_type type, const void *p, int64_t i)
 {
@@ -1113,6 +1138,7 @@ static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { _mm_setcsr(mod
 #define PSA__W 16
 #define PSA__NV 4
 #define PSA__ROWS(nv) ((nv) > 2 ? 4 : 8)
+#define PSA__FEW 16
 #define PSA__HELD(x) PSA__HOLD(x)
 
 PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load)(const float *p) { return _mm512_loadu_ps(p); }
@@ -1178,12 +1204,48 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m512 *r)
     }
 }
 
+/* Lane i: the sum of r[i]'s lanes */
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(sums)(__m512 *r)
+{
+    __m512 a, b;
+    PSA__UNROLL for (int i = 0; i < 8; i++) {
+        b = _mm512_shuffle_f32x4(r[i], r[i + 8], 0x4e);
+        r[i] = _mm512_add_ps(_mm512_mask_mov_ps(r[i], 0xff00, r[i + 8]), b);
+    }
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        b = _mm512_mask_mov_ps(r[i + 4], 0xf0f0, r[i]);
+        r[i] = _mm512_add_ps(_mm512_mask_mov_ps(r[i], 0xf0f0, r[i + 4]), _mm512_shuffle_f32x4(b, b, 0xb1));
+    }
+    PSA__UNROLL for (int i = 0; i < 2; i++) {
+        b = _mm512_shuffle_ps(r[i], r[i + 2], 0x4e);
+        r[i] = _mm512_add_ps(_mm512_mask_mov_ps(r[i], 0xcccc, r[i + 2]), b);
+    }
+    a = _mm512_mask_mov_ps(r[0], 0xaaaa, r[1]);
+    b = _mm512_mask_mov_ps(r[1], 0xaaaa, r[0]);
+    return _mm512_add_ps(a, _mm512_permute_ps(b, 0xb1));
+}
+
 PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load_as)(psa_type type, const void *p, int64_t i)
 {
     const __m256i *half = (const __m256i *)(const void *)((const char *)p + 2 * i);
     if (type == PSA_F16) return _mm512_cvtph_ps(_mm256_loadu_si256(half));
     if (type == PSA_F32) return _mm512_loadu_ps((const float *)p + i);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(half)), 16));
+}
+
+/* The same for 16 lanes or for 8 and zeros */
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load_lanes)(int lanes, psa_type type, const void *p, int64_t i)
+{
+    __m256d half;
+    if (lanes == 16) return PSA__(load_as)(type, p, i);
+    half = _mm256_castps_pd(psa__avx2_load_as(type, p, i));
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_setzero_pd(), half, 0));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_lanes)(int lanes, float *p, __m512 x)
+{
+    if (lanes == 16) _mm512_storeu_ps(p, x);
+    else _mm256_storeu_ps(p, _mm512_castps512_ps256(x));
 }
 
 static PSA__TARGET unsigned PSA__(denormals_off)(void) { return psa__avx2_denormals_off(); }
@@ -1197,6 +1259,7 @@ static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { psa__avx2_deno
 #define PSA__W 4
 #define PSA__NV 4
 #define PSA__ROWS(nv) ((nv) > 2 ? 4 : 8)
+#define PSA__FEW 16
 #define PSA__HELD(x)
 
 PSA__ALWAYS_INLINE float32x4_t PSA__(load)(const float *p) { return vld1q_f32(p); }
@@ -1245,6 +1308,12 @@ PSA__ALWAYS_INLINE void PSA__(transpose)(float32x4_t *r)
     r[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
     r[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
     r[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+}
+
+/* Lane i: the sum of r[i]'s lanes */
+PSA__ALWAYS_INLINE float32x4_t PSA__(sums)(float32x4_t *r)
+{
+    return vpaddq_f32(vpaddq_f32(r[0], r[1]), vpaddq_f32(r[2], r[3]));
 }
 
 PSA__ALWAYS_INLINE float32x4_t PSA__(load_as)(psa_type type, const void *p, int64_t i)
@@ -1533,140 +1602,218 @@ static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float 
     }
 }
 
-/* A query alone: lanes are elements of the head. */
+/* Few queries: lanes are elements of the head. Logits lie as [keys][width]: lane i of a vector of them is of query
+ * i % width. A register tile holds as many keys as have a vector full of logits, or as many columns of the output. */
 
-PSA__ALWAYS_INLINE void PSA__(prefetch)(const float *row, size_t ahead, int64_t size)
+#if PSA__W <= 8 /* heads are whole vectors */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(load_lanes)(int lanes, psa_type type, const void *p, int64_t i)
 {
-    for (int64_t at = 0; at < size; at += 64) PSA__PREFETCH((const char *)((uintptr_t)row + ahead + (uintptr_t)at));
+    (void)lanes;
+    return PSA__(load_as)(type, p, i);
 }
 
-/* q . k of W keys; square: k . k */
-PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(single_dots)(psa_type type, int square, const float *q,
-                                                         const float *const *k, int64_t d)
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_lanes)(int lanes, float *p, PSA__V x)
 {
-    PSA__V acc[PSA__W];
-    float rest[PSA__W];
-    int64_t x = 0;
-    PSA__UNROLL for (int i = 0; i < PSA__W; i++) acc[i] = PSA__(splat)(0.0f);
-    for (; x + PSA__W <= d; x += PSA__W) {
-        const PSA__V qx = square ? acc[0] : PSA__(load)(q + x);
-        PSA__UNROLL for (int i = 0; i < PSA__W; i++) {
-            const PSA__V kx = PSA__(load_as)(type, k[i], x);
-            acc[i] = PSA__(fma)(kx, square ? kx : qx, acc[i]);
+    (void)lanes;
+    PSA__(store)(p, x);
+}
+#endif
+
+/* acc[key * width + query] += the products of `lanes` elements from `at` on; V, which is next, is prefetched. */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_products)(psa_type type, int width, int keys, int lanes,
+                                                        const float *q, const float *const *k,
+                                                        const float *const *v, int64_t at, PSA__V *acc)
+{
+    PSA__V kx[PSA__W];
+    PSA__UNROLL for (int i = 0; i < keys; i++) {
+        kx[i] = PSA__(load_lanes)(lanes, type, k[i], at);
+        PSA__PREFETCH((const char *)(const void *)v[i] + at * (type == PSA_F32 ? 4 : 2));
+    }
+    PSA__UNROLL for (int query = 0; query < width; query++) {
+        const PSA__V qx = PSA__(load_lanes)(lanes, PSA_F32, q + at * width, query * lanes);
+        PSA__UNROLL for (int i = 0; i < keys; i++) {
+            acc[i * width + query] = PSA__(fma)(kx[i], qx, acc[i * width + query]);
         }
     }
-    PSA__(transpose)(acc);
-    PSA__UNROLL for (int i = 1; i < PSA__W; i++) acc[0] = PSA__(add)(acc[0], acc[i]);
-    if (x == d) return acc[0];
-    for (int i = 0; i < PSA__W; i++) {
-        rest[i] = 0.0f;
-        for (int64_t y = x; y < d; y++) {
-            float element = psa__element(type, k[i], y);
-            rest[i] += (square ? element : q[y]) * element;
-        }
-    }
-    return PSA__(add)(acc[0], PSA__(load)(rest));
 }
 
-/* s = logits, padded with -inf to whole vectors. Returns their maximum. */
-PSA__ALWAYS_INLINE PSA__TARGET float PSA__(single_logits)(psa_type type, const psa__single *x)
+/* q . k of PSA__W / width keys, of up to 8 at a time: their row pointers stay in registers. */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(few_dots)(psa_type type, int width, const float *q, const float *const *k,
+                                                      const float *const *v, int64_t d)
 {
-    PSA__V most = PSA__(splat)(-INFINITY);
-    float lane[PSA__W], top = -INFINITY;
-    for (int64_t key = 0; key < x->n; key += PSA__W) {
-        PSA__V logits = PSA__(single_dots)(type, 0, x->q, x->k + key, x->d);
-        PSA__(store)(x->s + key, x->bias ? PSA__(add)(logits, PSA__(load)(x->bias + key)) : logits);
-        for (int i = 0; i < PSA__W && x->ahead_k; i++) {
-            PSA__(prefetch)(x->k[key + i], x->ahead_k, x->d * (type == PSA_F32 ? 4 : 2));
+    enum { W = PSA__W };
+    const int keys = W / width < 8 ? W / width : 8;
+    PSA__V acc[W];
+    PSA__UNROLL for (int i = 0; i < W; i++) acc[i] = PSA__(splat)(0.0f);
+    PSA__UNROLL for (int i = 0; i < W; i += keys * width) {
+        const float *ki[8], *vi[8];
+        int64_t at = 0;
+        PSA__UNROLL for (int key = 0; key < keys; key++) {
+            ki[key] = k[i / width + key];
+            vi[key] = v[i / width + key];
         }
+        for (; at + W <= d; at += W) PSA__(few_products)(type, width, keys, W, q, ki, vi, at, acc + i);
+        if (W > 8 && at < d) PSA__(few_products)(type, width, keys, 8, q, ki, vi, at, acc + i);
     }
-    for (int64_t key = x->n; key % PSA__W != 0; key++) x->s[key] = -INFINITY;
-    for (int64_t key = 0; x->first && key < x->n; key++) {
-        if (x->first[key] > x->lane) x->s[key] = -INFINITY;
-    }
-    for (int64_t key = 0; key < x->n; key += PSA__W) most = PSA__(max)(PSA__(load)(x->s + key), most);
-    PSA__(store)(lane, most);
-    for (int i = 0; i < PSA__W; i++) top = lane[i] > top ? lane[i] : top;
-    return top;
+    return PSA__(sums)(acc);
 }
 
-static PSA__TARGET void PSA__(single_softmax)(const psa__single *x, float top)
+/* s = logits, padded with -inf to whole vectors */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_logits)(psa_type type, int width, const psa__few *x)
 {
-    PSA__V m, sum = PSA__(splat)(0.0f);
+    enum { W = PSA__W };
+    int64_t end = x->n * width;
+    for (int64_t key = 0; key < x->n; key += W / width) {
+        PSA__(store)(x->s + key * width, PSA__(few_dots)(type, width, x->q, x->k + key, x->v + key, x->d));
+    }
+    for (int64_t i = 0; x->bias && i < end; i++) x->s[i] += x->bias[i / width];
+    for (int64_t i = 0; x->first && i < end; i++) {
+        if (x->first[i / width] > i % width) x->s[i] = -INFINITY;
+    }
+    for (int64_t i = end; i % W != 0; i++) x->s[i] = -INFINITY;
+}
+
+/* A query's maximum over the tile is in its lanes of `most`: moves its running maximum up if that is far below. */
+static PSA__TARGET void PSA__(few_rescale)(const psa__few *x, PSA__V most)
+{
     float lane[PSA__W];
-    if (top > *x->m + PSA__RESCALE) {
-        float shrink = psa__exp2(*x->m - top);
-        *x->m = top;
-        *x->l *= shrink;
-        PSA__(scale)(x->o, shrink, x->dv);
+    PSA__(store)(lane, most);
+    for (int i = 0; i < x->width; i++) {
+        float top = lane[i], shrink;
+        for (int j = i + x->width; j < PSA__W; j += x->width) top = lane[j] > top ? lane[j] : top;
+        if (!(top > x->m[i] + PSA__RESCALE)) continue;
+        shrink = psa__exp2(x->m[i] - top);
+        x->m[i] = top;
+        x->l[i] *= shrink;
+        PSA__(scale)(x->o + i * x->dv, shrink, x->dv);
     }
-    m = PSA__(splat)(*x->m);
-    for (int64_t key = 0; key < x->n; key += PSA__W) {
-        PSA__V p = PSA__(exp2)(PSA__(sub)(PSA__(load)(x->s + key), m));
-        PSA__(store)(x->s + key, p);
+}
+
+static PSA__TARGET void PSA__(few_softmax)(const psa__few *x)
+{
+    PSA__V m, most = PSA__(splat)(-INFINITY), sum = PSA__(splat)(0.0f);
+    float lane[PSA__W];
+    for (int64_t i = 0; i < x->n * x->width; i += PSA__W) most = PSA__(max)(PSA__(load)(x->s + i), most);
+    PSA__(few_rescale)(x, most);
+    for (int i = 0; i < PSA__W; i++) lane[i] = x->m[i & (x->width - 1)];
+    m = PSA__(load)(lane);
+    for (int64_t i = 0; i < x->n * x->width; i += PSA__W) {
+        PSA__V p = PSA__(exp2)(PSA__(sub)(PSA__(load)(x->s + i), m));
+        PSA__(store)(x->s + i, p);
         sum = PSA__(add)(sum, p);
     }
     PSA__(store)(lane, sum);
-    for (int i = 0; i < PSA__W; i++) *x->l += lane[i];
+    for (int i = 0; i < PSA__W; i++) x->l[i & (x->width - 1)] += lane[i];
 }
 
-/* cols vectors of o from element `at` on */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(single_pv)(psa_type type, int cols, const psa__single *x, int64_t at)
+/* cols vectors of each output from element `at` on; the next tile's keys are prefetched */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_pv)(psa_type type, int n, int cols, int lanes, const psa__few *x,
+                                                  int64_t at)
 {
-    PSA__V acc[8];
-    size_t ahead = at == 0 ? x->ahead_v : 0;
-    PSA__UNROLL for (int i = 0; i < cols; i++) acc[i] = PSA__(load)(x->o + at + i * PSA__W);
-    for (int64_t key = 0; key < x->n; key++) {
-        const PSA__V p = PSA__(splat)(x->s[key]);
-        if (x->first && x->first[key] > x->lane) continue; /* 0 * Inf would be NaN */
-        PSA__UNROLL for (int i = 0; i < cols; i++) {
-            acc[i] = PSA__(fma)(PSA__(load_as)(type, x->v[key], at + i * PSA__W), p, acc[i]);
-        }
-        if (ahead) PSA__(prefetch)(x->v[key], ahead, x->dv * (type == PSA_F32 ? 4 : 2));
+    PSA__V acc[PSA__FEW];
+    float *o = x->o + at;
+    const float *p = x->s;
+    const int64_t size = type == PSA_F32 ? 4 : 2;
+    PSA__UNROLL for (int i = 0; i < n * cols; i++) {
+        acc[i] = PSA__(load_lanes)(lanes, PSA_F32, o + i / cols * x->dv, i % cols * PSA__W);
     }
-    PSA__UNROLL for (int i = 0; i < cols; i++) PSA__(store)(x->o + at + i * PSA__W, acc[i]);
+    for (int64_t key = 0; key < x->n; key++, p += n) {
+        const char *v = (const char *)(const void *)x->v[key] + at * size;
+        uintptr_t next = (uintptr_t)x->k[key] + x->ahead + (uintptr_t)(at * size);
+        PSA__V vx[8];
+        PSA__UNROLL for (int c = 0; c < cols; c++) {
+            vx[c] = PSA__(load_lanes)(lanes, type, v, c * PSA__W);
+            PSA__PREFETCH((const char *)(next + (uintptr_t)(c * PSA__W * size)));
+        }
+        PSA__UNROLL for (int i = 0; i < n; i++) {
+            const PSA__V pi = PSA__(splat)(p[i]);
+            PSA__UNROLL for (int c = 0; c < cols; c++) acc[i * cols + c] = PSA__(fma)(vx[c], pi, acc[i * cols + c]);
+        }
+    }
+    PSA__UNROLL for (int i = 0; i < n * cols; i++) {
+        PSA__(store_lanes)(lanes, o + i / cols * x->dv + i % cols * PSA__W, acc[i]);
+    }
 }
 
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(single_as)(psa_type type, const psa__single *x)
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_outputs)(psa_type type, int n, const psa__few *x)
 {
+    enum { W = PSA__W };
+    const int cols = PSA__FEW / n < 8 ? PSA__FEW / n : 8, fewer = cols > 2 ? cols / 2 : 1;
     int64_t at = 0;
-    PSA__(single_softmax)(x, PSA__(single_logits)(type, x));
-    for (; at + 8 * PSA__W <= x->dv; at += 8 * PSA__W) PSA__(single_pv)(type, 8, x, at);
-    for (; at + 4 * PSA__W <= x->dv; at += 4 * PSA__W) PSA__(single_pv)(type, 4, x, at);
-    for (; at + PSA__W <= x->dv; at += PSA__W) PSA__(single_pv)(type, 1, x, at);
-    for (; at < x->dv; at++) {
-        for (int64_t key = 0; key < x->n; key++) {
-            if (!x->first || x->first[key] <= x->lane) x->o[at] += x->s[key] * psa__element(type, x->v[key], at);
-        }
+    for (; at + cols * W <= x->dv; at += cols * W) PSA__(few_pv)(type, n, cols, W, x, at);
+    for (; fewer > 1 && at + fewer * W <= x->dv; at += fewer * W) PSA__(few_pv)(type, n, fewer, W, x, at);
+    for (; cols > 1 && at + W <= x->dv; at += W) PSA__(few_pv)(type, n, 1, W, x, at);
+    if (W > 8 && at < x->dv) PSA__(few_pv)(type, n, 1, 8, x, at);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_as)(psa_type type, int width, const psa__few *x)
+{
+    PSA__(few_logits)(type, width, x);
+    PSA__(few_softmax)(x);
+    if (!x->weights_only) PSA__(few_outputs)(type, width, x);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_of)(psa_type type, const psa__few *x)
+{
+    switch (x->width) {
+    case 1: PSA__(few_as)(type, 1, x); break;
+#if PSA__W > 1
+    case 2: PSA__(few_as)(type, 2, x); break;
+    case 4: PSA__(few_as)(type, 4, x); break;
+#endif
+#if PSA__W > 4
+    case 8: PSA__(few_as)(type, 8, x); break;
+#endif
+#if PSA__W > 8
+    case 16: PSA__(few_as)(type, 16, x); break;
+#endif
     }
 }
 
-static PSA__TARGET void PSA__(single)(const psa__single *x)
+static PSA__TARGET void PSA__(few)(const psa__few *x)
 {
     switch (x->type) {
-    case PSA_F16: PSA__(single_as)(PSA_F16, x); break;
-    case PSA_BF16: PSA__(single_as)(PSA_BF16, x); break;
-    default: PSA__(single_as)(PSA_F32, x); break;
+    case PSA_F16: PSA__(few_of)(PSA_F16, x); break;
+    case PSA_BF16: PSA__(few_of)(PSA_BF16, x); break;
+    default: PSA__(few_of)(PSA_F32, x); break;
     }
 }
 
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(project_as)(psa_type type, int square, const float *u,
-                                                      const float *const *rows, int64_t n, int64_t d, float *s)
+/* row . row of PSA__W rows */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(squares)(psa_type type, const float *const *rows, int64_t d)
 {
-    for (int64_t i = 0; i < n; i += PSA__W) {
-        PSA__(store)(s + i, PSA__(single_dots)(type, square, u, rows + i, d));
+    enum { W = PSA__W };
+    PSA__V acc[W];
+    int64_t at = 0;
+    PSA__UNROLL for (int i = 0; i < W; i++) acc[i] = PSA__(splat)(0.0f);
+    for (; at + W <= d; at += W) {
+        PSA__UNROLL for (int i = 0; i < W; i++) {
+            const PSA__V x = PSA__(load_as)(type, rows[i], at);
+            acc[i] = PSA__(fma)(x, x, acc[i]);
+        }
     }
+    PSA__UNROLL for (int i = 0; i < W && at < d; i++) {
+        const PSA__V x = PSA__(load_lanes)(8, type, rows[i], at);
+        acc[i] = PSA__(fma)(x, x, acc[i]);
+    }
+    return PSA__(sums)(acc);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(project_as)(psa_type type, const float *u, const float *const *rows,
+                                                      int64_t n, int64_t d, float *s)
+{
+    for (int64_t i = 0; u && i < n; i += PSA__W) {
+        PSA__(store)(s + i, PSA__(few_dots)(type, 1, u, rows + i, rows + i, d));
+    }
+    for (int64_t i = 0; !u && i < n; i += PSA__W) PSA__(store)(s + i, PSA__(squares)(type, rows + i, d));
 }
 
 static PSA__TARGET void PSA__(project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d,
                                        float *s)
 {
-    if (!u && type == PSA_F16) PSA__(project_as)(PSA_F16, 1, NULL, rows, n, d, s);
-    else if (!u && type == PSA_BF16) PSA__(project_as)(PSA_BF16, 1, NULL, rows, n, d, s);
-    else if (!u) PSA__(project_as)(PSA_F32, 1, NULL, rows, n, d, s);
-    else if (type == PSA_F16) PSA__(project_as)(PSA_F16, 0, u, rows, n, d, s);
-    else if (type == PSA_BF16) PSA__(project_as)(PSA_BF16, 0, u, rows, n, d, s);
-    else PSA__(project_as)(PSA_F32, 0, u, rows, n, d, s);
+    if (type == PSA_F16) PSA__(project_as)(PSA_F16, u, rows, n, d, s);
+    else if (type == PSA_BF16) PSA__(project_as)(PSA_BF16, u, rows, n, d, s);
+    else PSA__(project_as)(PSA_F32, u, rows, n, d, s);
 }
 
 /* cols vectors of dst from element `at` on */
@@ -1937,8 +2084,8 @@ static const psa__leaves PSA__(leaves) = {
 #endif
     PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(blend), PSA__(spread),
     PSA__(moments), PSA__(project), PSA__(combine), PSA__(smallest), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide),
-    PSA__(softmax), PSA__(pv), PSA__(single), PSA__(block_max), PSA__(row_mass), PSA__(block_error),
-    PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
+    PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max), PSA__(row_mass), PSA__(block_error), PSA__(row_error),
+    PSA__(denormals_off), PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -1946,6 +2093,7 @@ static const psa__leaves PSA__(leaves) = {
 #undef PSA__W
 #undef PSA__NV
 #undef PSA__ROWS
+#undef PSA__FEW
 #undef PSA__HELD
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -1955,12 +2103,10 @@ static const psa__leaves PSA__(leaves) = {
 
 #ifndef PSA__PASS
 
-/* The leaves of an instruction set; NULL if it is unknown or this machine lacks it. */
+/* The leaves of an instruction set that this machine has */
 static const psa__leaves *psa__leaves_of(psa_isa isa)
 {
-    if (!psa_isa_supported(isa)) return NULL;
     switch (isa) {
-    case PSA_ISA_AUTO: return psa__leaves_of(psa_isa_detect());
 #ifdef PSA__SIMD
     case PSA_ISA_AVX2: return &psa__avx2_leaves;
     case PSA_ISA_AVX512: return &psa__avx512_leaves;
@@ -2023,12 +2169,16 @@ PSA__DEF psa_isa psa_isa_detect(void)
 #endif
 }
 
-PSA__DEF int psa_isa_supported(psa_isa isa)
+/* The instruction set itself, the best one for AUTO, or END if it is unknown or this machine lacks it. Asks the
+ * processor once: in a virtual machine each CPUID is a call of the hypervisor, some 8 us. */
+static psa_isa psa__isa_of(psa_isa isa)
 {
-    psa_isa best = psa_isa_detect();
-    return isa == PSA_ISA_AUTO || isa == PSA_ISA_SCALAR || isa == best ||
-           (isa == PSA_ISA_AVX2 && best == PSA_ISA_AVX512);
+    psa_isa best = isa == PSA_ISA_SCALAR ? isa : psa_isa_detect();
+    if (isa == PSA_ISA_AUTO) return best;
+    return isa == best || (isa == PSA_ISA_AVX2 && best == PSA_ISA_AVX512) ? isa : PSA_ISA_END;
 }
+
+PSA__DEF int psa_isa_supported(psa_isa isa) { return psa__isa_of(isa) != PSA_ISA_END; }
 
 PSA__DEF const char *psa_isa_name(psa_isa isa)
 {
@@ -2583,6 +2733,19 @@ static psa_result psa__plan_work(psa_plan *p)
     return PSA_OK;
 }
 
+/* Everything in a plan that has its desc and leaves. */
+static psa_result psa__plan_fill(psa_plan *p, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
+                                 const psa_tensor *out)
+{
+    psa_result r;
+    if ((r = psa__plan_shapes(p, q, k, v, out)) != PSA_OK) return r;
+    if ((r = psa__plan_blocks(p)) != PSA_OK) return r;
+    if ((r = psa__plan_score(p)) != PSA_OK) return r;
+    if ((r = psa__plan_mask(p)) != PSA_OK) return r;
+    if ((r = psa__plan_orders(p)) != PSA_OK) return r;
+    return psa__plan_work(p);
+}
+
 PSA__DEF psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const psa_tensor *q, const psa_tensor *k,
                                   const psa_tensor *v, const psa_tensor *out)
 {
@@ -2591,18 +2754,15 @@ PSA__DEF psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const ps
     if (!plan || !desc || !q || !k) return psa__fail(desc, PSA_ERR_NULL, "plan, desc, q and k must not be NULL");
     memset(&p, 0, sizeof p);
     p.desc = *desc;
-    p.leaves = psa__leaves_of(desc->isa);
-    if (!p.leaves) return psa__fail(desc, PSA_ERR_ISA, "instruction set %d is not available", (int)desc->isa);
-    if (desc->isa == PSA_ISA_AUTO) p.desc.isa = psa_isa_detect();
+    p.desc.isa = psa__isa_of(desc->isa);
+    if (p.desc.isa == PSA_ISA_END) {
+        return psa__fail(desc, PSA_ERR_ISA, "instruction set %d is not available", (int)desc->isa);
+    }
+    p.leaves = psa__leaves_of(p.desc.isa);
     if (desc->n_threads < 0) return psa__fail(desc, PSA_ERR_THREADS, "n_threads is %d", desc->n_threads);
     if (desc->n_threads == 0) p.desc.n_threads = psa__processors();
     if (!desc->alloc_fn != !desc->free_fn) return psa__fail(desc, PSA_ERR_NULL, "alloc_fn and free_fn go together");
-    if ((r = psa__plan_shapes(&p, q, k, v, out)) != PSA_OK) return r;
-    if ((r = psa__plan_blocks(&p)) != PSA_OK) return r;
-    if ((r = psa__plan_score(&p)) != PSA_OK) return r;
-    if ((r = psa__plan_mask(&p)) != PSA_OK) return r;
-    if ((r = psa__plan_orders(&p)) != PSA_OK) return r;
-    if ((r = psa__plan_work(&p)) != PSA_OK) return r;
+    if ((r = psa__plan_fill(&p, q, k, v, out)) != PSA_OK) return r;
     *plan = p;
     return PSA_OK;
 }
@@ -4018,21 +4178,24 @@ typedef struct psa__stream {
     psa__tiles tiles;
     int64_t b, hkv, iq;
     int64_t heads;           /* query heads of the block: row i is query i / heads of head i % heads */
-    int64_t singles;         /* query rows, if there are so few that each goes alone; else 0 */
+    int width;               /* of psa__few, if the query rows are few enough for it; else 0 */
     psa_type type;           /* of K and V rows in the tile */
     int64_t n;               /* rows waiting in the tile */
     int pooled, straddles;   /* whether any of them has a bias, or is hidden from some lane */
     int64_t rows;            /* rows read so far by this query block */
 } psa__stream;
 
-/* ot += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0,
- * but 0 * Inf is NaN, so it must not be touched at all. */
-static void psa__pv_hidden(psa__stream *st, int64_t width, const int32_t *first, const float *s, float *ot)
+/* o += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0,
+ * but 0 * Inf is NaN, so it must not be touched at all. Element x of a lane's output is
+ * o[x * next_x + lane * next_lane]. */
+static void psa__pv_hidden(psa__stream *st, int64_t width, const int32_t *first, float *o, int64_t next_x,
+                           int64_t next_lane)
 {
     for (int64_t key = 0; key < st->n; key++) {
         for (int64_t x = 0; x < st->p->Dv; x++) {
+            float v = psa__element(st->type, st->w.vp[key], x);
             for (int64_t lane = psa__max(first[key], 0); lane < width; lane++) {
-                ot[x * width + lane] += s[key * width + lane] * st->w.vp[key][x];
+                o[x * next_x + lane * next_lane] += st->w.s[key * width + lane] * v;
             }
         }
     }
@@ -4042,7 +4205,7 @@ static int psa__v_finite(const psa__stream *st)
 {
     for (int64_t key = 0; key < st->n; key++) {
         for (int64_t x = 0; x < st->p->Dv; x++) {
-            if (!psa__finite(st->w.vp[key][x])) return 0;
+            if (!psa__finite(psa__element(st->type, st->w.vp[key], x))) return 0;
         }
     }
     return 1;
@@ -4065,19 +4228,21 @@ static void psa__attend_tiles(psa__stream *st)
         if (st->straddles) f->hide(nv, w->s, n, first, w->top);
         f->softmax(nv, w->s, n, w->top, w->m + lane, w->l + lane, ot, dv);
         if (finite) f->pv(nv, w->s, w->vp, n, dv, ot);
-        else psa__pv_hidden(st, width, first, w->s, ot);
+        else psa__pv_hidden(st, width, first, ot, width, 1);
         lane += width;
     }
 }
 
-/* The same where each query row goes alone. */
-static void psa__attend_singles(psa__stream *st)
+/* The same for few queries. Where the keys lie one after the other, the next tile is prefetched. */
+static void psa__attend_few(psa__stream *st)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
-    psa__single x;
-    memset(&x, 0, sizeof x);
+    int streamed = !p->desc.order_k.index && !st->pooled;
+    psa__few x;
     x.type = st->type;
+    x.width = st->width;
+    x.q = w->qt;
     x.k = w->kp;
     x.v = w->vp;
     x.bias = st->pooled ? w->bias : NULL;
@@ -4085,17 +4250,14 @@ static void psa__attend_singles(psa__stream *st)
     x.n = st->n;
     x.d = p->D;
     x.dv = p->Dv;
+    x.ahead = streamed ? PSA__TILE_K * p->k.nb[1] : 0;
     x.s = w->s;
-    for (int64_t i = 0; i < st->singles; i++) {
-        x.q = w->qt + i * p->D;
-        x.lane = i;
-        x.ahead_k = i == 0 ? PSA__TILE_K * p->k.nb[1] : 0;
-        x.ahead_v = i == 0 ? PSA__TILE_K * p->v.nb[1] : 0;
-        x.m = w->m + i;
-        x.l = w->l + i;
-        x.o = w->ot + i * p->Dv;
-        p->leaves->single(&x);
-    }
+    x.m = w->m;
+    x.l = w->l;
+    x.o = w->ot;
+    x.weights_only = st->straddles && !psa__v_finite(st);
+    p->leaves->few(&x);
+    if (x.weights_only) psa__pv_hidden(st, x.width, w->first, w->ot, 1, p->Dv);
 }
 
 /* Attends to the tile of keys, which is empty afterwards. */
@@ -4103,7 +4265,7 @@ static void psa__stream_flush(psa__stream *st)
 {
     if (st->n == 0) return;
     psa__pad_keys(&st->w, st->n, st->pooled);
-    if (st->singles) psa__attend_singles(st);
+    if (st->width) psa__attend_few(st);
     else psa__attend_tiles(st);
     st->rows += st->n;
     st->n = 0;
@@ -4181,10 +4343,8 @@ static void psa__unpack_rows(psa__stream *st)
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
     int64_t lane = 0;
-    for (int64_t i = 0; i < st->singles; i++) {
-        memcpy(w->rows + i * p->Dv, w->ot + i * p->Dv, (size_t)p->Dv * sizeof(float));
-        p->leaves->scale(w->rows + i * p->Dv, w->l[i], p->Dv);
-    }
+    if (st->width) memcpy(w->rows, w->ot, (size_t)(st->width * p->Dv) * sizeof(float));
+    for (int64_t i = 0; i < st->width; i++) p->leaves->scale(w->rows + i * p->Dv, w->l[i], p->Dv);
     for (int t = 0; t < st->tiles.n; t++) {
         p->leaves->unpack(st->tiles.nv[t], w->rows + lane * p->Dv, w->ot + lane * p->Dv, p->Dv, w->l + lane);
         lane += st->tiles.nv[t] * p->leaves->lanes;
@@ -4211,17 +4371,31 @@ static void psa__attend_finish(psa__stream *st, int64_t n, int64_t lanes, int64_
     }
 }
 
-/* The first n of the scratch's query rows, scaled, to w.qt, in tiles or one by one. Returns the lanes they take. */
+/* The first n of the scratch's query rows, scaled, to w.qt, as psa__few reads them. */
+static void psa__place_few(psa__stream *st, int64_t n, float scale)
+{
+    const psa_plan *p = st->p;
+    float *to = st->w.qt;
+    for (int64_t at = 0, lanes = 0; at < p->D; at += lanes) {
+        lanes = psa__min(p->leaves->lanes, p->D - at);
+        for (int64_t i = 0; i < st->width; i++, to += lanes) {
+            for (int64_t x = 0; x < lanes; x++) to[x] = i < n ? scale * st->w.rows[i * p->D + at + x] : 0.0f;
+        }
+    }
+}
+
+/* The first n of the scratch's query rows, scaled, to w.qt, in tiles or for psa__few. Returns the lanes they take. */
 static int64_t psa__place_queries(psa__stream *st, int64_t n)
 {
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
-    st->singles = n <= PSA__SINGLES ? n : 0;
-    st->tiles = psa__tiles_of(p->leaves, n - st->singles);
-    if (!st->singles) return psa__pack_queries(p, &st->w, &st->tiles, n, p->D, scale);
-    memcpy(st->w.qt, st->w.rows, (size_t)(n * p->D) * sizeof(float));
-    p->leaves->scale(st->w.qt, scale, n * p->D);
-    return n;
+    st->tiles = psa__tiles_of(p->leaves, n);
+    st->width = 0;
+    if (n > p->leaves->lanes) return psa__pack_queries(p, &st->w, &st->tiles, n, p->D, scale);
+    st->tiles.n = 0;
+    for (st->width = 1; st->width < n;) st->width *= 2;
+    psa__place_few(st, n, scale);
+    return st->width;
 }
 
 /* One query block of st->heads heads from h on. */
@@ -4234,7 +4408,7 @@ static void psa__attend_block(psa__stream *st, const void *q, const uint8_t *lev
         psa__load_query(p, q, st->b, h + i % st->heads, st->iq * p->desc.block_q + i / st->heads, w->rows + i * p->D);
     }
     lanes = psa__place_queries(st, n);
-    st->type = st->singles && !level ? p->k.type : PSA_F32; /* single queries convert as they read */
+    st->type = st->width && !level ? p->k.type : PSA_F32; /* few queries convert as they read */
     for (int64_t i = 0; i < lanes; i++) {
         w->m[i] = PSA__LOWEST;
         w->l[i] = 0.0f;
@@ -4632,7 +4806,7 @@ PSA__DEF psa_result psa_order_semantic(const psa_tensor *x, int64_t n_prefix, in
                                        int n_iter, float *centroids, int carried, int32_t *index, void *work, int ith,
                                        int nth)
 {
-    const psa__leaves *f = psa__leaves_of(PSA_ISA_AUTO);
+    const psa__leaves *f = psa__leaves_of(psa_isa_detect());
     psa__kmeans w;
     int64_t begin, end, d;
     size_t scratch_size;
@@ -4898,7 +5072,9 @@ static psa_result psa__split_init(psa__split *s, const psa__call *c, int64_t par
         psa_result r;
         k.ne[1] = v.ne[1] = i ? p->Nk - (parts - 1) * s->keys : s->keys;
         desc.causal = i && p->desc.causal;
-        if ((r = psa_plan_init(&s->plan[i], &desc, &p->q, &k, &v, &s->out)) != PSA_OK) return r;
+        s->plan[i].desc = desc;
+        s->plan[i].leaves = p->leaves;
+        if ((r = psa__plan_fill(&s->plan[i], &p->q, &k, &v, &s->out)) != PSA_OK) return r;
         if (s->plan[i].work_size > work) work = s->plan[i].work_size;
     }
     psa__take(&s->size, psa__mul(rows, (size_t)p->Dv), sizeof(float));

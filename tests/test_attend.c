@@ -77,6 +77,35 @@ static void attend_causal(void) {
     }
 }
 
+/* So few queries that lanes are elements of the head: every number of them, with and without levels. */
+static void attend_few(void) {
+    for (int n = 1; n <= 17; n++)
+        for (int isa = PSA_ISA_SCALAR; isa < PSA_ISA_END; isa++)
+            for (int type = PSA_F32; type <= PSA_BF16; type++) {
+                if (!psa_isa_supported((psa_isa)isa))
+                    continue;
+                rnd_round(3 * n + type);
+                setup s;
+                shape x = shape_random();
+                psa_desc desc = desc_random_blocks(&x);
+                x.Nq = n, x.Nk = rnd_int(1, 300);
+                x.D = 8 * rnd_int(1, 17), x.Dv = 8 * rnd_int(1, 32);
+                x.type_kv = (psa_type)type;
+                desc.isa = (psa_isa)isa;
+                desc.causal = rnd_chance(30);
+                all_levels(&desc);
+                if (!setup_init(&s, &desc, &x))
+                    continue;
+                run_attend(&s, NULL, 1);
+                CHECK_ATTENTION(&s, NULL);
+                random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
+                run_pool(&s, 1);
+                run_attend(&s, setup_levels(&s), 2);
+                CHECK_ATTENTION(&s, setup_levels(&s));
+                setup_free(&s);
+            }
+}
+
 /* Many blocks, tiles and rows at once. */
 static void attend_large(void) {
     for (int r = 0; r < test_rounds(12); r++) {
@@ -119,13 +148,15 @@ static void attend_dense(void) {
     }
 }
 
-/* A map of ones and no map are the same thing, bit for bit; a lse that is not wanted changes nothing. */
+/* A map of ones and no map are the same thing, bit for bit where heads do not go together, which they do only without a
+ * map; a lse that is not wanted changes nothing. */
 static void attend_no_map(void) {
     for (int r = 0; r < test_rounds(30); r++) {
         rnd_round(r);
         setup s;
         shape x = shape_random();
         psa_desc desc = desc_random_blocks(&x);
+        x.Hq = x.Hkv;
         if (!setup_init(&s, &desc, &x))
             continue;
         memset(setup_levels(&s), 1, psa_map_size(&s.plan));
@@ -251,7 +282,7 @@ static void attend_nan(void) {
         setup s;
         shape x = shape_random();
         psa_desc desc = desc_random_blocks(&x);
-        x.Nq = rnd_int(1, 80), x.Nk = rnd_int(1, 120), x.D = x.Dv = 8 * rnd_int(1, 2);
+        x.Nq = rnd_int(1, rnd_chance(40) ? 16 : 80), x.Nk = rnd_int(1, 120), x.D = x.Dv = 8 * rnd_int(1, 3);
         desc.causal = rnd_chance(60);
         desc.block_q = rnd_int(16, 40);
         all_levels(&desc);
@@ -677,6 +708,7 @@ const test_case tests_attend[] = {
     {"attend/every_isa", attend_every_isa},
     {"attend/head_sizes", attend_head_sizes},
     {"attend/causal", attend_causal},
+    {"attend/few", attend_few},
     {"attend/large", attend_large},
     {"attend/decode", attend_decode},
     {"attend/dense", attend_dense},
