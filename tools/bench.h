@@ -175,10 +175,16 @@ static void decode_group(bench *b, int64_t n, int64_t d, int type) {
         row *read = add_row(b, in, threads, measure_read);
         read->work = in ? 2.0 * (double)input_bytes(in, n) : 0;
         name_row(read, "%s, threads %d: reading", type_name(type), threads);
+        row *peak = add_peak(b, in, b->isa, threads);
+        peak->type = (psa_type)type;
+        peak->unrated = 1;
+        name_row(peak, "%s, threads %d: multiply-adds", type_name(type), threads);
         for (int i = 0; i < 5; i++) {
             row *r = add_dense(b, in, b->isa, n_q[i], threads);
+            r->flop = r->work;
             r->work = read->work;
             set_base(r, read, 0, 0.8);
+            r->base[1] = peak;
             name_row(r, "%s, threads %d: queries %d", type_name(type), threads, n_q[i]);
         }
     }
@@ -342,7 +348,8 @@ static const topic topics[] = {
     {density_groups, &gflops, {4096}, {64, 128}, 4, 0, 0,
      "attention on level maps; time / (density * dense time). The number after the levels is the density"},
     {decode_groups, &gbytes, {131072}, {128}, 8, 0, 0,
-     "few queries, dense; bytes of K and V a second over those of a sum that reads the same memory"},
+     "few queries, dense; bytes of K and V a second over those of a sum that reads the same memory,\n"
+     "or multiply-adds over their peak, whichever is the limit"},
     {linear_group, &per_token, {4096, 16384, 65536, 262144}, {64}, 1, 1, 0,
      "pooled scores, a fixed number of blocks for each query block;\n"
      "time per token over that at the first N from 16384 on"},

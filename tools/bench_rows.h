@@ -79,6 +79,7 @@ struct row {
     int unrated;        /* work is the base's, not its own: no rate is shown */
     int is_cost;        /* the ratio is time per unit of work over the base's; else speed over the base's */
     const row *base[2]; /* what the row is measured against: the one in which it looks worse; NULL: nothing */
+    double flop;        /* if not 0, base[1] is a peak, and what counts is the base that limits the row */
     double goal;        /* at least this speed or at most this cost, 0: none */
     double density;     /* of a level map, 0: none */
     int compared;       /* with dense */
@@ -331,16 +332,20 @@ static sample summarise(const double *values, int n) {
     return s;
 }
 
+/* Speed over that of a base in the i-th repeat. */
+static double speed_over(const row *r, int k, int i) {
+    const row *base = r->base[k];
+    double work = k == 1 && r->flop > 0 ? r->flop : r->work;
+    return work / r->value[i] / (base->work / base->value[i]);
+}
+
 /* Of each repeat by itself: row and base were measured close to one another. */
 static sample row_ratio(const row *r, int repeats) {
     double ratio[MOST_REPEATS];
     for (int i = 0; i < repeats; i++) {
-        double speed = INFINITY;
-        for (int k = 0; k < 2; k++) {
-            const row *base = r->base[k];
-            if (base)
-                speed = fmin(speed, r->work / r->value[i] / (base->work / base->value[i]));
-        }
+        double speed = speed_over(r, 0, i);
+        if (r->base[1])
+            speed = r->flop > 0 ? fmax(speed, speed_over(r, 1, i)) : fmin(speed, speed_over(r, 1, i));
         ratio[i] = r->is_cost ? 1 / speed : speed;
     }
     return summarise(ratio, repeats);
