@@ -542,69 +542,127 @@ void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
     free(order);
 }
 
-/* ---- predicted errors
- * --------------------------------------------------------------------------------------------------- */
+/* ---- predicted errors ---- */
 
-/* ln cosh of the mean spread of the groups of L keys in each group of the score. */
-static void group_spreads(const oracle *o, int64_t b, int64_t h, int64_t L, double *spread) {
-    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], bias;
-    int64_t gk = o->desc.score_group[1];
+/* Groups of a level: the log of each one's mass under the mean query, twice its h, and the variance of v inside it. */
+typedef struct groups {
+    double *mass, *noise, *value;
+} groups;
+
+static groups groups_of(const oracle *o, int64_t b, int64_t h, int64_t L) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], v[PSA_MAX_D], bias;
+    groups g = {zeros(o->Nk), zeros(o->Nk), zeros(o->Nk)};
     moments(o, b, h, mean, variance);
-    for (int64_t g = 0; g < o->Nk; g += gk) {
-        double sum = 0, n = 0;
-        for (int64_t t = g; t < least(g + gk, o->Nk); t += L, n++) {
-            range keys = {t, least(t + L, o->Nk)};
-            sum += pool_group(o, b, h, keys, mean, variance, k, NULL, &bias);
+    for (int64_t t = 0; t < o->Nk; t += L) {
+        range keys = {t, least(t + L, o->Nk)};
+        double w[PSA_MAX_BLOCK_K], top = -INFINITY, sum = 0;
+        g.noise[t / L] = 2 * pool_group(o, b, h, keys, mean, variance, k, v, &bias);
+        for (int64_t j = t; j < keys.end; j++) {
+            w[j - t] = o->desc.tilt ? o->scale * dot(mean, k_row(o, b, h, j), o->D) : 0;
+            top = fmax(top, w[j - t]);
         }
-        spread[g / gk] = ln_cosh(sqrt(2 * sum / n));
+        for (int64_t j = t; j < keys.end; j++)
+            sum += exp(w[j - t] - top);
+        g.mass[t / L] = top + log(sum);
+        for (int64_t j = t; j < keys.end; j++)
+            for (int64_t d = 0; d < o->Dv; d++)
+                g.value[t / L] += exp(w[j - t] - top) / sum * pow(v_row(o, b, h, j)[d] - v[d], 2);
     }
+    return g;
 }
 
-/* Adds the square of what the rows' mean loses in each block at level i, and at PSA_MAX_LEVELS where it is skipped. */
-static void add_errors(const oracle *o, int64_t b, int64_t h, range rows, double *const *spread, double *logit,
-                       double *coarse, double *e) {
-    int64_t gk = o->desc.score_group[1];
-    double total = group_logits(o, b, h, rows, gk, 1, logit);
-    for (int64_t L = 1, i = 0; L <= o->desc.block_k; L *= 2, i++) {
-        if (L > gk)
-            group_logits(o, b, h, rows, L, 1, coarse);
-        for (int64_t J = 0; J < o->nk; J++) {
-            double mass = 0, lost = 0;
-            for (int64_t j = keys_of(o, J).begin; j < keys_of(o, J).end; j += gk) {
-                double p = exp(logit[j / gk] - total);
-                mass += p;
-                lost += L > gk ? p : L > 1 ? p * spread[i][j / gk] : 0;
-            }
-            for (int64_t j = keys_of(o, J).begin; L > gk && j < keys_of(o, J).end; j += L)
-                lost -= exp(coarse[j / L] - total);
-            e[J * (PSA_MAX_LEVELS + 1) + i] += lost * lost;
-            if (L == 1)
-                e[J * (PSA_MAX_LEVELS + 1) + PSA_MAX_LEVELS] += mass * mass;
-        }
+/* Mean over the groups of L keys between begin and end. */
+static double group_mean(const double *x, range keys, int64_t L) {
+    double sum = 0, n = 0;
+    for (int64_t t = keys.begin; t < keys.end; t += L, n++)
+        sum += x[t / L];
+    return sum / n;
+}
+
+/* Variance of the values of a KV head: the mean of that inside the blocks, and that of the blocks' means. */
+static double value_variance(const oracle *o, int64_t b, int64_t h, const groups *blocks) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], v[PSA_MAX_D], bias, n = (double)o->nk;
+    double sum[PSA_MAX_D] = {0}, square[PSA_MAX_D] = {0}, total = 0;
+    moments(o, b, h, mean, variance);
+    for (int64_t J = 0; J < o->nk; J++) {
+        pool_group(o, b, h, keys_of(o, J), mean, variance, k, v, &bias);
+        total += blocks->value[J] / n;
+        for (int64_t d = 0; d < o->Dv; d++)
+            sum[d] += v[d] / n, square[d] += v[d] * v[d] / n;
     }
+    for (int64_t d = 0; d < o->Dv; d++)
+        total += square[d] - sum[d] * sum[d];
+    return total;
+}
+
+/* Adds the squared errors of one group of queries in block J to e: at slot i for level 1 << i, at PSA_MAX_LEVELS where
+ * it is skipped. p: masses of the score's groups, coarse[i]: masses of the groups of level i. */
+static void add_errors(const oracle *o, const groups *level, double V, int64_t J, const double *p,
+                       double *const *coarse, double *e) {
+    int64_t gk = o->desc.score_group[1];
+    int at = 0; /* the level of the groups */
+    range keys = keys_of(o, J);
+    double mass = 0, inside = 0;
+    while (1 << at < gk)
+        at++;
+    for (int64_t j = keys.begin; j < keys.end; j += gk)
+        mass += p[j / gk];
+    for (int i = 1; 1 << i <= o->desc.block_k; i++) {
+        int64_t L = (int64_t)1 << i;
+        double lost = 0, noise = 0, off = 0, value = group_mean(level[i].value, keys, L) / V;
+        for (int64_t j = keys.begin; j < keys.end && L <= gk; j += gk) {
+            range group = {j, least(j + gk, keys.end)};
+            double spread = group_mean(level[i].noise, group, L);
+            lost += p[j / gk] * ln_cosh(sqrt(spread));
+            noise += p[j / gk] * p[j / gk] * spread;
+        }
+        if (L <= gk)
+            inside = noise * value / (double)gk;
+        for (int64_t t = keys.begin; t < keys.end && L > gk; t += L) {
+            lost -= coarse[i][t / L];
+            for (int64_t j = t; j < least(t + L, keys.end); j += gk)
+                off += pow(p[j / gk] - coarse[i][t / L] * exp(level[at].mass[j / gk] - level[i].mass[t / L]), 2);
+        }
+        if (L > gk)
+            lost += mass;
+        e[i] += lost * lost + inside + off * fmax(value - group_mean(level[at].value, keys, gk) / V, 0);
+    }
+    e[PSA_MAX_LEVELS] += mass * mass;
 }
 
 void oracle_errors(const oracle *o, int64_t b, int64_t h, int64_t I, double *e) {
-    double *logit = zeros(o->Nk), *coarse = zeros(o->Nk), *spread[PSA_MAX_LEVELS] = {NULL}, n = 0;
-    int64_t gq = o->desc.score_group[0], size = o->nk * (PSA_MAX_LEVELS + 1);
+    double *coarse[PSA_MAX_LEVELS] = {NULL}, *p = zeros(o->Nk), n = 0, V;
+    int64_t gq = o->desc.score_group[0], gk = o->desc.score_group[1], size = o->nk * (PSA_MAX_LEVELS + 1);
+    groups level[PSA_MAX_LEVELS];
+    int levels = 0;
     memset(e, 0, (size_t)size * sizeof *e);
-    for (int i = 1; 1 << i <= o->desc.score_group[1]; i++) {
-        spread[i] = zeros(o->Nk);
-        group_spreads(o, b, h, 1 << i, spread[i]);
+    for (; 1 << levels <= o->desc.block_k; levels++) {
+        level[levels] = groups_of(o, b, h, 1 << levels);
+        coarse[levels] = zeros(o->Nk);
     }
+    V = value_variance(o, b, h, &level[levels - 1]);
     for (int64_t first = rows_of(o, I).begin; first < rows_of(o, I).end; first += gq, n++) {
         range rows = {first, least(first + gq, rows_of(o, I).end)};
-        add_errors(o, b, h, rows, spread, logit, coarse, e);
+        double total = group_logits(o, b, h, rows, gk, 1, p);
+        for (int64_t j = 0; j < o->Nk; j += gk)
+            p[j / gk] = exp(p[j / gk] - total);
+        for (int i = 0; i < levels; i++) {
+            if (1 << i > gk)
+                group_logits(o, b, h, rows, 1 << i, 1, coarse[i]);
+            for (int64_t j = 0; 1 << i > gk && j < o->Nk; j += 1 << i)
+                coarse[i][j >> i] = exp(coarse[i][j >> i] - total);
+        }
+        for (int64_t J = 0; J < o->nk; J++)
+            add_errors(o, level, V, J, p, coarse, e + J * (PSA_MAX_LEVELS + 1));
     }
     for (int64_t i = 0; i < size; i++)
         e[i] /= n;
-    for (int i = 0; i < PSA_MAX_LEVELS; i++)
-        free(spread[i]);
-    free(logit), free(coarse);
+    for (int i = 0; i < levels; i++)
+        free(coarse[i]), free(level[i].mass), free(level[i].noise), free(level[i].value);
+    free(p);
 }
 
-/* ---- statistics
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- statistics ---- */
 
 static int level_slot(int level) {
     int slot = 0;
