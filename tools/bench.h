@@ -52,6 +52,8 @@ static psa_desc mix_desc(const bench *b, const mix *m, double density, int block
     return desc;
 }
 
+#include "bench_gpu.h"
+
 /* ---- topics ---- */
 
 static int one_type(const bench *b) { return b->o->type < 0 ? PSA_F32 : b->o->type; }
@@ -362,6 +364,15 @@ static const topic topics[] = {
 };
 enum { TOPICS = sizeof topics / sizeof *topics };
 
+/* In the order of bench_backend_name. */
+static const topic gpu_topics[] = {
+    {gpu_group, &tflops, {4096, 8192, 16384, 32768, 65536, 131072}, {64, 128}, 16, 0, 0,
+     "attend: speed on the multiply-adds really done; whole call: as if it were dense, ratio: dense time / its time"},
+    {model_group, &tflops, {4096, 8192, 16384, 32768, 65536, 131072}, {64, 128}, 16, 0, 0,
+     "what the kernels need if no part ever waits for another, and what they then wait for: bounds, not\n"
+     "measurements. attend: speed on the multiply-adds really done; whole call: as if it were dense"},
+};
+
 static void cpu_name(char *name, size_t size) {
     char line[256];
     FILE *f = fopen("/proc/cpuinfo", "r");
@@ -385,6 +396,12 @@ static const char bench_compiler[] = "unknown";
 #endif
 
 static void print_machine(const bench *b, const char *cpu) {
+    if (b->o->backend != BACKEND_CPU) {
+        printf("device    %s\nrun       one batch, %s, blocks %d x %d, top-k\n\n",
+               b->o->backend == BACKEND_MODEL ? "none: counted by the rules of tools/model.h" : b->gpu.name,
+               type_name(gpu_type(b)), BLOCK_Q, b->block_k);
+        return;
+    }
     printf("cpu       %s\ncompiler  %s, flags %s\n", cpu, bench_compiler, PSA_CFLAGS);
     printf("run       %d threads, %s, one batch, blocks %d x %d, top-k near density %.3g\n", b->crew->n_threads,
            psa_isa_name(b->isa), BLOCK_Q, b->block_k, b->density);
@@ -414,10 +431,10 @@ static int choose_list(int *list, const int *given, int n_given, const int *usua
     return n;
 }
 
-static void run_topic(bench *b, int i) {
+static void run_topic(bench *b, const topic *t, const char *name) {
     const options *o = b->o;
-    const topic *t = b->topic = &topics[i];
-    b->topic_name = topic_name(i);
+    b->topic = t;
+    b->topic_name = name;
     b->heads = o->heads ? o->heads : t->heads;
     b->n_n = choose_list(b->n, o->n, o->n_n, t->n);
     b->n_d = choose_list(b->d, o->d, o->n_d, t->d);
@@ -435,9 +452,12 @@ static void run_topics(bench *b) {
     b->json = cJSON_AddArrayToObject(json, "rows");
     if (!b->o->json)
         print_machine(b, cpu);
-    for (int i = 0; i < TOPICS && b->rc == 0; i++)
-        if (!b->o->topics || b->o->topics >> i & 1)
-            run_topic(b, i);
+    if (b->o->backend != BACKEND_CPU)
+        run_topic(b, &gpu_topics[b->o->backend - BACKEND_CUDA], bench_backend_name(b->o->backend));
+    else
+        for (int i = 0; i < TOPICS && b->rc == 0; i++)
+            if (!b->o->topics || b->o->topics >> i & 1)
+                run_topic(b, &topics[i], topic_name(i));
     if (b->rc == 0 && b->o->json) {
         char *text = cJSON_Print(json);
         printf("%s\n", text ? text : "{}");
@@ -454,6 +474,8 @@ static int check_bench(const options *o, const bench *b) {
             return fail(o, "--d %d: expected a multiple of 8", o->d[i]);
     if (b->block_k & (b->block_k - 1) || b->block_k < 16 || b->block_k > 128)
         return fail(o, "--block-k %d: expected 16, 32, 64 or 128", b->block_k);
+    if (o->topics && o->backend != BACKEND_CPU)
+        return fail(o, "--topic has no use with --backend %s", bench_backend_name(o->backend));
     return 0;
 }
 
@@ -467,9 +489,14 @@ static int cmd_bench(const options *o) {
     b.density = o->density > 0 ? o->density : 0.15;
     if (check_bench(o, &b))
         return 2;
+    const char *no_gpu = o->backend == BACKEND_CUDA ? gpu_open(&b.gpu) : NULL;
+    if (no_gpu)
+        return fail(o, "--backend cuda: %s", no_gpu);
     crew_start(&c, o->threads);
     run_topics(&b);
     crew_stop(&c);
+    if (b.gpu.close)
+        b.gpu.close(&b.gpu);
     return b.rc;
 }
 #endif

@@ -3,6 +3,7 @@
 #ifndef BENCH_ROWS_H
 #define BENCH_ROWS_H
 
+#include "model.h"
 #include "peak.h"
 
 enum { MOST_REPEATS = 15, LEAST_REPEATS = 5 };
@@ -74,7 +75,8 @@ struct row {
     int64_t n, d;
     psa_type type;
     psa_isa isa;
-    int threads;
+    int threads;        /* 0: a GPU */
+    const model_gpu *model; /* of a GPU; NULL: the GPU itself */
     double work;        /* what is done, in units that the row has in common with its base */
     int unrated;        /* work is the base's, not its own: no rate is shown */
     int is_cost;        /* the ratio is time per unit of work over the base's; else speed over the base's */
@@ -100,13 +102,15 @@ typedef struct unit {
     const char *value, *value_key; /* column and JSON key */
     double scale;                  /* from seconds or bytes to the column's unit */
     const char *rate, *rate_key;
-    int rate_is_time; /* ns for a unit of work; else 1e9 units of work per second */
+    double many;      /* units of work per second that are 1 of the rate's */
+    int rate_is_time; /* ns for a unit of work */
 } unit;
 
-static const unit gflops = {"median ms", "seconds", 1e3, "GFLOP/s", "gflops", 0};
-static const unit gbytes = {"median ms", "seconds", 1e3, "GB/s", "gbytes_per_second", 0};
-static const unit per_token = {"median ms", "seconds", 1e3, "ns/token", "ns_per_token", 1};
-static const unit memory = {"MiB", "bytes", 1.0 / 1048576, NULL, NULL, 0};
+static const unit gflops = {"median ms", "seconds", 1e3, "GFLOP/s", "gflops", 1e9, 0};
+static const unit tflops = {"median ms", "seconds", 1e3, "TFLOP/s", "tflops", 1e12, 0};
+static const unit gbytes = {"median ms", "seconds", 1e3, "GB/s", "gbytes_per_second", 1e9, 0};
+static const unit per_token = {"median ms", "seconds", 1e3, "ns/token", "ns_per_token", 0, 1};
+static const unit memory = {"MiB", "bytes", 1.0 / 1048576, NULL, NULL, 0, 0};
 
 typedef struct topic {
     void (*group)(bench *b, int64_t n, int64_t d);
@@ -120,6 +124,7 @@ typedef struct topic {
 struct bench {
     const options *o;
     crew *crew;
+    gpu gpu;
     const topic *topic;
     const char *topic_name;
     psa_isa isa; /* the one asked for, or the best */
@@ -356,7 +361,7 @@ static int goal_met(const row *r, double ratio) {
 }
 
 static double row_rate(const bench *b, const row *r, double value) {
-    return b->topic->unit->rate_is_time ? 1e9 * value / r->work : 1e-9 * r->work / value;
+    return b->topic->unit->rate_is_time ? 1e9 * value / r->work : r->work / value / b->topic->unit->many;
 }
 
 static void print_header(const bench *b) {
@@ -412,8 +417,12 @@ static cJSON *row_json(const bench *b, const row *r) {
     cJSON_AddNumberToObject(json, "n", (double)r->n);
     cJSON_AddNumberToObject(json, "d", (double)r->d);
     cJSON_AddStringToObject(json, "type", type_name((int)r->type));
-    cJSON_AddStringToObject(json, "isa", psa_isa_name(r->isa));
-    cJSON_AddNumberToObject(json, "threads", r->threads);
+    if (r->threads > 0) {
+        cJSON_AddStringToObject(json, "isa", psa_isa_name(r->isa));
+        cJSON_AddNumberToObject(json, "threads", r->threads);
+    } else {
+        cJSON_AddStringToObject(json, "device", r->model ? r->model->name : b->gpu.name);
+    }
     cJSON_AddNumberToObject(json, "repeats", b->repeats);
     add_sample(json, b->topic->unit->value_key, s);
     if (b->topic->unit->rate && !r->unrated)

@@ -34,9 +34,9 @@ $B/emu/psa_cuda.o: psa_cuda.cu psa.h $(wildcard tests/cuda/*.h) Makefile tools/c
 	@mkdir -p $(@D)
 	$(EMULATED) -DPSA_CUDA_EMULATED -xc++ -c $< -o $@
 
-$B/test_cuda: tests/cuda/test_cuda.cpp $B/emu/psa_cuda.o
+$B/test_cuda: tests/cuda/test_cuda.cpp $B/emu/psa_cuda.o tools/model.h
 	$(CC) -xc -DPSA_IMPLEMENTATION $(CFLAGS) -c psa.h -o $B/emu/psa.o
-	$(EMULATED) $^ $B/emu/psa.o -o $@ -lm -pthread
+	$(EMULATED) $(filter %.cpp %.o,$^) $B/emu/psa.o -o $@ -lm -pthread
 
 # The programs with a stand-in for the CUDA runtime.
 $B/emu/%.o: %.c $(HEADERS) tests/cuda/cuda_runtime_api.h Makefile tools/cuda.mk

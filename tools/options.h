@@ -88,10 +88,13 @@ static const char *budget_name(int i) {
     static const char *const names[] = {"call", "head"};
     return nth_name(names, 2, i);
 }
-enum { BACKEND_CPU, BACKEND_CUDA };
+enum { BACKEND_CPU, BACKEND_CUDA, BACKEND_MODEL };
+static const char *bench_backend_name(int i) {
+    static const char *const names[] = {"cpu", "cuda", "model"};
+    return nth_name(names, 3, i);
+}
 static const char *backend_name(int i) {
-    static const char *const names[] = {"cpu", "cuda"};
-    return nth_name(names, 2, i);
+    return i < BACKEND_MODEL ? bench_backend_name(i) : NULL;
 }
 static const char *topic_name(int i) {
     static const char *const names[] = {"dense",  "call",      "recipe",  "density", "decode",
@@ -202,7 +205,7 @@ static const option option_table[] = {
      LIST(AT(n_n), 1, 1 << 24, 1, BENCH_CASES)},
     {"--d", "D,...", "head sizes; default 64 or 128 or both; head-size: 32 to 256 by 16", CMD_BENCH, INTEGERS, AT(d),
      LIST(AT(n_d), 8, PSA_MAX_D, 1, BENCH_CASES)},
-    {"--heads", "N", "default 4; decode: 8, linear: 1", CMD_BENCH, INTEGER, AT(heads), NUMBER(1, 4096)},
+    {"--heads", "N", "default 4; decode: 8, linear: 1, GPUs: 16", CMD_BENCH, INTEGER, AT(heads), NUMBER(1, 4096)},
     {"--density", "F", "share of dense attention's multiply-adds, up to 1; default 0.15; density: 0.05 to 0.5",
      CMD_BENCH, REAL, AT(density), NUMBER(DBL_MIN, 1)},
     {"--threads", "N", "default: all processors", BLOCKS | CMD_BENCH, INTEGER, AT(threads), NUMBER(1, 4096)},
@@ -212,7 +215,10 @@ static const option option_table[] = {
      CMD_ATTEND, NAME, AT(type), NAMES(type_name)},
     {"--type", "NAME", "f32, f16 or bf16; default f32; dense, decode, memory: all", CMD_BENCH, NAME, AT(type),
      NAMES(type_name)},
-    {"--backend", "NAME", "where attention runs: cpu or cuda; default cpu", CMD_ATTEND | CMD_CLASSIFY, NAME, AT(backend), NAMES(backend_name)},
+    {"--backend", "NAME", "where attention runs: cpu or cuda; default cpu", CMD_ATTEND | CMD_CLASSIFY, NAME,
+     AT(backend), NAMES(backend_name)},
+    {"--backend", "NAME", "cpu, cuda, or model: what some GPUs need at best, by counting; default cpu", CMD_BENCH, NAME,
+     AT(backend), NAMES(bench_backend_name)},
     {"--save-scores", "FILE", "float32 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_scores), PLAIN},
     {"--save-levels", "FILE", "uint8 [B,Hq,nq,nk]", CMD_ATTEND, FILE_NAME, AT(save_levels), PLAIN},
     {"--stats", "FILE", "density, work and time as JSON", CMD_ATTEND, FILE_NAME, AT(stats), PLAIN},

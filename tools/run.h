@@ -51,8 +51,8 @@ static int run_fail(const options *o, const run *r, psa_result result) {
     return fail(o, "%s", r->detail[0] ? r->detail : psa_result_string(result));
 }
 
-/* Plan and memory. v and out may be NULL. n_tasks: into how many pieces a stage is cut. */
-static int run_init(run *r, const options *o, crew *c, const psa_desc *desc, int n_tasks, const psa_tensor *q,
+/* The plan alone. v and out may be NULL. n_tasks: into how many pieces a stage is cut. */
+static int run_plan(run *r, const options *o, crew *c, const psa_desc *desc, int n_tasks, const psa_tensor *q,
                     const psa_tensor *k, const psa_tensor *v, const psa_tensor *out) {
     psa_desc d = *desc;
     memset(r, 0, sizeof *r);
@@ -61,8 +61,14 @@ static int run_init(run *r, const options *o, crew *c, const psa_desc *desc, int
     d.log_fn = keep_detail;
     d.log_user = r;
     psa_result result = psa_plan_init(&r->plan, &d, q, k, v, out);
-    if (result != PSA_OK)
-        return run_fail(o, r, result);
+    return result == PSA_OK ? 0 : run_fail(o, r, result);
+}
+
+/* Plan and memory. */
+static int run_init(run *r, const options *o, crew *c, const psa_desc *desc, int n_tasks, const psa_tensor *q,
+                    const psa_tensor *k, const psa_tensor *v, const psa_tensor *out) {
+    if (run_plan(r, o, c, desc, n_tasks, q, k, v, out))
+        return 2;
     r->q = q->data;
     r->k = k->data;
     r->v = v ? v->data : NULL;

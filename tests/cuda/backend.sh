@@ -61,6 +61,12 @@ psa attend $d64 $some --out "$tmp/out.npy" --save-levels "$tmp/levels.npy" >"$tm
 } >"$tmp/bad.npy"
 check "a map with level 3" refused "level" $some --levels "$tmp/bad.npy"
 
+for backend in cuda model; do
+    check "bench, $backend" prints "attend at 0.3" psa bench --backend $backend --n 256 --d 64 --heads 1 --density .3
+    check "bench, $backend, JSON" prints '"tflops"' psa bench --backend $backend --n 256 --d 64 --heads 1 --json
+done
+check "bench: topics are the CPU's" rejected "topic has no use" psa bench --backend model --topic dense
+
 echo "# classify"
 for option in "--order gilbert" --dense; do
     check "$option, on the CPU" classify $option --logits "$tmp/cpu.npy"

@@ -77,7 +77,7 @@ struct machine {
     options opt;
     std::map<int, line_count> lines;
     std::set<int> syncs, matrices; /* lines of the barriers and waits, and of the ldmatrix, that were met */
-    uint64_t mmas = 0, random = 1;
+    uint64_t mmas = 0, exps = 0, copied = 0, random = 1; /* copied: bytes of cp.async that exist */
     bool failed = false; /* the launch */
 
     alignas(1024) unsigned char shared[SHARED];
@@ -465,6 +465,7 @@ static inline void psa__sync_warp(PSA__LINE)
 static inline void psa__cp_async(uint32_t to, const void *from, bool exists, PSA__LINE)
 {
     emu::copy c = {to, exists ? from : nullptr};
+    emu::m.copied += exists ? 16 : 0;
     if (emu::m.opt.count) emu::count_lane(line, to, 16);
     emu::at(to, 16, 16);
     if ((uintptr_t)from % 16 != 0) emu::fail("cp.async from an address that is not a multiple of 16");
@@ -591,7 +592,12 @@ static inline uint32_t psa__ballot(bool x, PSA__LINE)
     return emu::lane_out()[0];
 }
 
-static inline float psa__exp2(float x) { return exp2f(x); }
+static inline float psa__exp2(float x)
+{
+    emu::m.exps++;
+    return exp2f(x);
+}
+
 static inline uint32_t psa__opaque(uint32_t x) { return x; }
 
 #endif

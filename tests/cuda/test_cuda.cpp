@@ -6,6 +6,7 @@
 #include "psa.h"
 
 #include "emu.h"
+#include "tools/model.h"
 
 #include <stdarg.h>
 #include <sys/mman.h>
@@ -882,6 +883,70 @@ static void test_no_bank_conflicts()
     }
 }
 
+/* The counts of tools/model.h are those of the kernels. */
+static void test_model()
+{
+    for (int i = 0; i < 6; i++) {
+        static const int dims[] = {64, 128, 256};
+        shape s;
+        call c;
+        psa_desc desc = {};
+        s.D = s.Dv = dims[i % 3];
+        s.q = s.kv = s.out = PSA_F16;
+        s.Nq = 256;
+        s.Nk = 1024;
+        s.Hq = 2;
+        desc.block_q = i < 3 ? 128 : 64;
+        desc.block_k = i < 3 ? 64 : 32;
+        desc.score_norm = 1;
+        if (!call_make(&c, s, desc)) return;
+        psa_tensor kv[] = {c.k.t, c.v.t};
+        OK(psa_cuda_pool(&c.plan, kv[0].data, kv[1].data, c.work.data(), nullptr));
+        for (int attend = 0; attend < 2; attend++) {
+            model_cost want = attend ? model_attend(&c.plan, s.Nk) : model_score(&c.plan, emu::m.opt.shared_max);
+            uint64_t wavefronts = 0;
+            emu::m.lines.clear();
+            emu::m.mmas = emu::m.exps = emu::m.copied = 0;
+            if (attend) OK(psa_cuda_list(&c.plan, nullptr, c.work.data(), nullptr));
+            emu::m.opt.count = true;
+            if (attend) {
+                OK(psa_cuda_attend(&c.plan, c.q.t.data, kv[0].data, kv[1].data, c.work.data(), c.out.t.data, nullptr,
+                                   nullptr));
+            } else {
+                OK(psa_cuda_score(&c.plan, c.q.t.data, kv[0].data, c.work.data(), nullptr, nullptr));
+            }
+            emu::m.opt.count = false;
+            for (auto &l : emu::m.lines) wavefronts += l.second.wavefronts;
+            auto like = [&](const char *what, double model, double counted, double share) {
+                CHECK(fabs(model - counted) <= share * counted, "%s, D %d, block_q %d: %s: the model has %g, counted %g",
+                      attend ? "attend" : "score", s.D, desc.block_q, what, model, counted);
+            };
+            like("MMAs", want.mmas, (double)emu::m.mmas, 0);
+            like("wavefronts", want.wavefronts, (double)wavefronts, 0.1);
+            like("exp2", want.exps, (double)emu::m.exps, 0.1);
+            if (attend) like("bytes", want.l2_bytes - 4.0 * s.Hq * s.Nq * s.D, (double)emu::m.copied, 0);
+            else like("bytes", want.l2_bytes, (double)emu::m.copied, 0);
+        }
+    }
+}
+
+/* Its times lie between what FlashAttention 2 reaches on an H100 and what the tensor cores give at best. */
+static void test_model_times()
+{
+    psa_desc desc = {};
+    psa_plan p;
+    const double N = 32768, heads = 40, D = 128;
+    psa_tensor t = psa_tensor_4d(nullptr, PSA_BF16, (int64_t)D, (int64_t)N, (int64_t)heads, 1);
+    OK(psa_plan_init(&p, &desc, &t, &t, &t, &t));
+    const model_gpu &h200 = model_gpus[MODEL_GPUS - 1];
+    const char *what = "";
+    model_cost attend = model_attend(&p, N), pool = model_pool(&p), mask = model_mask(&p);
+    double rate = 4 * N * N * D * heads / model_seconds(&h200, &attend, &what);
+    CHECK(rate > 370e12 && rate < 615e12, "attend: %g TFLOP/s, bound by %s", rate * 1e-12, what);
+    CHECK(model_seconds(&h200, &pool, &what) < 0.5e-3 && !strcmp(what, "DRAM"), "pool is bound by %s", what);
+    CHECK(model_seconds(&h200, &mask, &what) < 0.5e-3, "mask is bound by %s", what);
+}
+
 static void test_deadlock_and_bounds()
 {
     struct nothing {};
@@ -911,6 +976,7 @@ int main(int argc, char **argv)
         {"call/errors", test_errors},
         {"schedule/same-bits", test_same_bits_under_every_schedule},
         {"schedule/barriers", test_every_barrier_is_needed},  {"schedule/conflicts", test_no_bank_conflicts},
+        {"model/counts", test_model},                         {"model/times", test_model_times},
     };
     std::string filter;
     for (int i = 1; i + 1 < argc; i += 2) {
