@@ -169,7 +169,7 @@ struct psa__job {
 
     float *scores;             /* [B][Hq][nq][nk] */
     int lanes, keys;           /* queries that score a query block, keys of a KV block */
-    int columns;               /* a block's keys in the MMA, padded: 8 or a multiple of 16 */
+    int columns, units;        /* a block's keys in the MMA, padded: 8 or a multiple of 16; in sixteens */
     int lane_rows, key_rows;   /* rows that a lane and a key stand for; SAMPLE: 1 */
     int parts;                 /* a lane is this many rows of D side by side: `stride` for ANTIDIAGONAL, else 1 */
     int key_level;             /* POOLED: keys are the pooled rows of level 1 << key_level; 0: keys are tokens */
@@ -552,12 +552,9 @@ struct psa__step {
     int item, unit, part;
 };
 
-PSA__DEVICE int psa__units(const psa__job &job) { return job.columns == 8 ? 1 : job.columns / 16; }
-
 PSA__DEVICE psa__step psa__step_of(const psa__job &job, int first_item, int step)
 {
-    int units = psa__units(job);
-    return {first_item + step / (job.parts * units) * PSA__WARPS, step / job.parts % units, step % job.parts};
+    return {first_item + step / (job.parts * job.units) * PSA__WARPS, step / job.parts % job.units, step % job.parts};
 }
 
 /* KV block and key in it of column x (0..15) of a step. */
@@ -651,7 +648,7 @@ PSA__DEVICE void psa__score_reduce(const psa__job &job, const psa__score_block &
         sum += psa__shuffle_xor(sum, 1);
         sum += psa__shuffle_xor(sum, 2);
         psa__join(&row_bm, &row_bs, top, sum);
-        if (jk >= w.n || (!pair && (j == 0 || now.unit < psa__units(job) - 1))) continue; /* the block goes on */
+        if (jk >= w.n || (!pair && (j == 0 || now.unit < job.units - 1))) continue; /* the block goes on */
         psa__join(&m[i / 4][half], &z[i / 4][half], row_bm, row_bs);
         if (!keep || t != 0) continue;
         float value = job.use_max ? row_bm : row_bm + log2f(row_bs);
@@ -667,7 +664,7 @@ PSA__DEVICE void psa__score_blocks(const psa__job &job, const psa__score_block &
 {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, per_item = job.columns == 8 ? 2 : 1;
     int first = begin / per_item + warp, last = (end + per_item - 1) / per_item;
-    int steps = first < last ? (last - first + PSA__WARPS - 1) / PSA__WARPS * psa__units(job) * job.parts : 0;
+    int steps = first < last ? (last - first + PSA__WARPS - 1) / PSA__WARPS * job.units * job.parts : 0;
     uint32_t stage = w.at_b + (uint32_t)(warp * S::STAGES) * S::STAGE;
     uint32_t a[S::TILES][S::KS][4];
     float s[S::TILES][2][4], bm[S::TILES][2], bs[S::TILES][2];
@@ -966,30 +963,27 @@ PSA__DEVICE void psa__make_list(const psa__job &job, int64_t task, int iq, const
     }
 }
 
-PSA__DEVICE void psa__mask_row(const psa__job &job, int64_t task)
-{
-    int iq = (int)(task % job.nq), head = (int)(task / job.nq), h = head % job.Hq, b = head / job.Hq;
-    int n = psa__n_visible(job, iq), whole = psa__n_whole(job, iq);
-    uint8_t *level = job.levels + task * job.nk;
-    const float *score = job.scores + task * job.nk;
-    const uint8_t *cap = job.cap + (int64_t)(b * job.Hkv + h / job.group) * job.nk;
-    if (job.plan.desc.mask != PSA_MASK_DENSE) psa__rank(job, score, n);
-    if (job.plan.desc.mask == PSA_MASK_TOPK) psa__mask_topk(job, n, level);
-    if (job.plan.desc.mask == PSA_MASK_THRESHOLD) psa__mask_threshold(job, n, score, level);
-    psa__barrier(); /* until here the map was written in rank order */
-    for (int j = (int)threadIdx.x; j < job.nk; j += PSA__THREADS) {
-        int l = j < n ? 1 : 0;
-        if (l && job.plan.desc.mask != PSA_MASK_DENSE) l = psa__mask_rules(job, iq, j, whole, cap, level[j]);
-        level[j] = (uint8_t)l;
-    }
-    psa__barrier();
-    psa__make_list(job, task, iq, level);
-}
-
 static __global__ void __launch_bounds__(PSA__THREADS) psa__mask(const __grid_constant__ psa__job job)
 {
     int64_t tasks = (int64_t)job.B * job.Hq * job.nq;
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) psa__mask_row(job, task);
+    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+        int iq = (int)(task % job.nq), head = (int)(task / job.nq), h = head % job.Hq, b = head / job.Hq;
+        int n = psa__n_visible(job, iq), whole = psa__n_whole(job, iq), mask = job.plan.desc.mask;
+        uint8_t *level = job.levels + task * job.nk;
+        const float *score = job.scores + task * job.nk;
+        const uint8_t *cap = job.cap + (int64_t)(b * job.Hkv + h / job.group) * job.nk;
+        if (mask != PSA_MASK_DENSE) psa__rank(job, score, n);
+        if (mask == PSA_MASK_TOPK) psa__mask_topk(job, n, level);
+        if (mask == PSA_MASK_THRESHOLD) psa__mask_threshold(job, n, score, level);
+        psa__barrier(); /* until here the map was written in rank order */
+        for (int j = (int)threadIdx.x; j < job.nk; j += PSA__THREADS) {
+            int l = j < n ? 1 : 0;
+            if (l && mask != PSA_MASK_DENSE) l = psa__mask_rules(job, iq, j, whole, cap, level[j]);
+            level[j] = (uint8_t)l;
+        }
+        psa__barrier();
+        psa__make_list(job, task, iq, level);
+    }
 }
 
 static __global__ void __launch_bounds__(PSA__THREADS) psa__list(const __grid_constant__ psa__job job)
@@ -1447,17 +1441,17 @@ PSA__DEVICE float psa__weight(float lse, float top) { return lse == top ? 1.0f :
 
 static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid_constant__ psa__job job)
 {
-    int64_t row = (int64_t)blockIdx.x * PSA__WARPS + threadIdx.x / 32, head = row / job.Nq, n = row % job.Nq;
-    int b = (int)(head / job.Hq), h = (int)(head % job.Hq);
+    int row = (int)(blockIdx.x * PSA__WARPS + threadIdx.x / 32), head = row / job.Nq, n = row % job.Nq;
+    int b = head / job.Hq, h = head % job.Hq;
     float top = -PSA__INF, sum = 0;
-    if (head >= (int64_t)job.B * job.Hq) return;
+    if (b >= job.B) return;
     for (int i = 0; i < job.splits; i++) {
         float lse = psa__part_lse(job, i, row);
         top = lse > top || lse != lse ? lse : top;
     }
     if (job.merges && top == -PSA__INF) return;
     for (int i = 0; i < job.splits; i++) sum += psa__weight(psa__part_lse(job, i, row), top);
-    int64_t token = psa__token(job.plan.desc.order_q, b, h, (int)n);
+    int64_t token = psa__token(job.plan.desc.order_q, b, h, n);
     for (int c = (int)threadIdx.x % 32 * 2; c < job.Dv; c += 64) {
         psa__f2 x = {0, 0};
         for (int i = 0; i < job.splits; i++) {
@@ -1473,7 +1467,7 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid
         psa__store2(to, job.out.type, {x.x / sum, x.y / sum});
     }
     psa__sync_warp(); /* all have read lse */
-    if (threadIdx.x % 32 == 0 && job.lse) job.lse[head * job.Nq + token] = top + logf(sum);
+    if (threadIdx.x % 32 == 0 && job.lse) job.lse[(int64_t)head * job.Nq + token] = top + logf(sum);
 }
 
 /* ================================================================================================================= */
@@ -1585,6 +1579,7 @@ static void psa__job_score(const psa_plan *p, psa__job *job)
     job->lanes = sample ? p->n_sample_q : d->block_q / job->lane_rows;
     job->keys = sample ? p->n_sample_k : d->block_k / job->key_rows;
     job->columns = job->keys <= 8 ? 8 : (job->keys + 15) / 16 * 16;
+    job->units = (job->keys + 15) / 16;
     job->use_max = sample && !d->score_mean;
     job->norm = !sample || d->score_norm;
 }

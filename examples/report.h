@@ -16,9 +16,10 @@ static double peak_memory(void) {
 static void print_header(const job *j) {
     const model *m = &j->m;
     psa_isa isa = j->in.psa.desc.isa ? j->in.psa.desc.isa : psa_isa_detect();
+    const char *where = j->in.psa.backend == BACKEND_CUDA ? j->gpu.name : psa_isa_name(isa);
     printf("%s: %s, %d layers, %d heads of %d, %d labels; %d threads, psa %s %s, OpenBLAS %s\n", j->in.model,
            m->is_vjepa2 ? "V-JEPA 2" : "VideoMAE", m->n_blocks + m->n_pooler, m->heads, m->C / m->heads, m->n_labels,
-           j->crew.n_threads, psa_isa_name(isa), type_name(j->in.psa.type), openblas_get_corename());
+           j->crew.n_threads, where, type_name(j->in.psa.type), openblas_get_corename());
 }
 
 static void print_labels(const model *m, const outcome *o) {
@@ -129,6 +130,7 @@ static void print_json(const job *j) {
     cJSON *root = cJSON_CreateObject(), *clips;
     cJSON_AddStringToObject(root, "model", j->in.model);
     cJSON_AddNumberToObject(root, "threads", j->crew.n_threads);
+    cJSON_AddStringToObject(root, "backend", backend_name(j->in.psa.backend));
     json_memory(root, j);
     clips = cJSON_AddArrayToObject(root, "clips");
     for (size_t i = 0; i < j->n_results; i++) json_result(clips, j, &j->results[i]);

@@ -883,6 +883,30 @@ static void test_no_bank_conflicts()
     }
 }
 
+/* attend takes the shared memory that its design says: Q and the stages of K and V, and little more. */
+static void test_shared_memory()
+{
+    static const struct {
+        int D, block_q;
+        uint32_t KB;
+    } design[] = {{64, 128, 64}, {64, 64, 56}, {128, 128, 96}, {128, 64, 80}, {256, 128, 96}};
+    for (auto &d : design) {
+        shape s;
+        call c;
+        psa_desc desc = {};
+        s.D = s.Dv = d.D;
+        s.Nk = 64;
+        desc.block_q = d.block_q;
+        desc.mask = PSA_MASK_DENSE;
+        if (!call_make(&c, s, desc)) return;
+        OK(psa_cuda_list(&c.plan, nullptr, c.work.data(), nullptr));
+        OK(psa_cuda_attend(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.work.data(), c.out.t.data, nullptr, nullptr));
+        uint32_t size = emu::m.shared_size, least = d.KB * 1024;
+        printf("  attend, D %d, block_q %d: %u bytes of shared memory\n", d.D, d.block_q, size);
+        CHECK(size >= least && size < least + 3 * 1024, "expected %u KB and at most 3 more", d.KB);
+    }
+}
+
 /* The counts of tools/model.h are those of the kernels. */
 static void test_model()
 {
@@ -976,6 +1000,7 @@ int main(int argc, char **argv)
         {"call/errors", test_errors},
         {"schedule/same-bits", test_same_bits_under_every_schedule},
         {"schedule/barriers", test_every_barrier_is_needed},  {"schedule/conflicts", test_no_bank_conflicts},
+        {"schedule/shared", test_shared_memory},
         {"model/counts", test_model},                         {"model/times", test_model_times},
     };
     std::string filter;
