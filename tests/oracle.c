@@ -542,127 +542,148 @@ void oracle_mask(const oracle *o, const float *scores, uint8_t *levels) {
     free(order);
 }
 
-/* ---- predicted errors ---- */
+/* ---- predicted errors
+ * --------------------------------------------------------------------------------------------------- */
 
-/* Groups of a level: the log of each one's mass under the mean query, twice its h, and the variance of v inside it. */
-typedef struct groups {
-    double *mass, *noise, *value;
-} groups;
+/* What is known of the keys at level i, of 1 << i keys. */
+typedef struct known {
+    double *half[PSA_MAX_LEVELS];  /* h, mean over the groups of L in each group of the score */
+    double *value[PSA_MAX_LEVELS]; /* tau, mean over those in each block */
+    double *mass;                  /* of every key, as a logit: scale * mean . k with tilt */
+} known;
 
-static groups groups_of(const oracle *o, int64_t b, int64_t h, int64_t L) {
-    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], v[PSA_MAX_D], bias;
-    groups g = {zeros(o->Nk), zeros(o->Nk), zeros(o->Nk)};
-    moments(o, b, h, mean, variance);
-    for (int64_t t = 0; t < o->Nk; t += L) {
-        range keys = {t, least(t + L, o->Nk)};
-        double w[PSA_MAX_BLOCK_K], top = -INFINITY, sum = 0;
-        g.noise[t / L] = 2 * pool_group(o, b, h, keys, mean, variance, k, v, &bias);
-        for (int64_t j = t; j < keys.end; j++) {
-            w[j - t] = o->desc.tilt ? o->scale * dot(mean, k_row(o, b, h, j), o->D) : 0;
-            top = fmax(top, w[j - t]);
-        }
-        for (int64_t j = t; j < keys.end; j++)
-            sum += exp(w[j - t] - top);
-        g.mass[t / L] = top + log(sum);
-        for (int64_t j = t; j < keys.end; j++)
-            for (int64_t d = 0; d < o->Dv; d++)
-                g.value[t / L] += exp(w[j - t] - top) / sum * pow(v_row(o, b, h, j)[d] - v[d], 2);
+/* ln of the sum of exp over the keys of a group. */
+static double log_mass(const double *mass, range c) {
+    double sum = 0;
+    for (int64_t j = c.begin; j < c.end; j++)
+        sum += exp(mass[j] - mass[c.begin]);
+    return mass[c.begin] + log(sum);
+}
+
+/* mean[Dv] of the values of a group, weighted by the keys' masses; returns their variance around it. */
+static double value_spread(const oracle *o, int64_t b, int64_t h, range c, const double *mass, double *mean) {
+    double square = 0, total = log_mass(mass, c);
+    for (int64_t d = 0; d < o->Dv; d++) {
+        mean[d] = 0;
+        for (int64_t j = c.begin; j < c.end; j++)
+            mean[d] += exp(mass[j] - total) * v_row(o, b, h, j)[d];
+        for (int64_t j = c.begin; j < c.end; j++)
+            square += exp(mass[j] - total) * pow(v_row(o, b, h, j)[d] - mean[d], 2);
     }
-    return g;
+    return square;
 }
 
-/* Mean over the groups of L keys between begin and end. */
-static double group_mean(const double *x, range keys, int64_t L) {
-    double sum = 0, n = 0;
-    for (int64_t t = keys.begin; t < keys.end; t += L, n++)
-        sum += x[t / L];
-    return sum / n;
-}
-
-/* Variance of the values of a KV head: the mean of that inside the blocks, and that of the blocks' means. */
-static double value_variance(const oracle *o, int64_t b, int64_t h, const groups *blocks) {
-    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], v[PSA_MAX_D], bias, n = (double)o->nk;
-    double sum[PSA_MAX_D] = {0}, square[PSA_MAX_D] = {0}, total = 0;
-    moments(o, b, h, mean, variance);
+/* Variance of the values of a head: inside its blocks, and of their means. */
+static double head_variance(const oracle *o, int64_t b, int64_t h, const double *mass) {
+    double v[PSA_MAX_D], sum[PSA_MAX_D] = {0}, square[PSA_MAX_D] = {0}, inside = 0, between = 0, n = (double)o->nk;
     for (int64_t J = 0; J < o->nk; J++) {
-        pool_group(o, b, h, keys_of(o, J), mean, variance, k, v, &bias);
-        total += blocks->value[J] / n;
+        inside += value_spread(o, b, h, keys_of(o, J), mass, v);
         for (int64_t d = 0; d < o->Dv; d++)
-            sum[d] += v[d] / n, square[d] += v[d] * v[d] / n;
+            sum[d] += v[d], square[d] += v[d] * v[d];
     }
     for (int64_t d = 0; d < o->Dv; d++)
-        total += square[d] - sum[d] * sum[d];
-    return total;
+        between += square[d] / n - sum[d] / n * (sum[d] / n);
+    return inside / n + between;
 }
 
-/* Adds the squared errors of one group of queries in block J to e: at slot i for level 1 << i, at PSA_MAX_LEVELS where
- * it is skipped. p: masses of the score's groups, coarse[i]: masses of the groups of level i. */
-static void add_errors(const oracle *o, const groups *level, double V, int64_t J, const double *p,
-                       double *const *coarse, double *e) {
-    int64_t gk = o->desc.score_group[1];
-    int at = 0; /* the level of the groups */
-    range keys = keys_of(o, J);
-    double mass = 0, inside = 0;
-    while (1 << at < gk)
-        at++;
-    for (int64_t j = keys.begin; j < keys.end; j += gk)
-        mass += p[j / gk];
-    for (int i = 1; 1 << i <= o->desc.block_k; i++) {
-        int64_t L = (int64_t)1 << i;
-        double lost = 0, noise = 0, off = 0, value = group_mean(level[i].value, keys, L) / V;
-        for (int64_t j = keys.begin; j < keys.end && L <= gk; j += gk) {
-            range group = {j, least(j + gk, keys.end)};
-            double spread = group_mean(level[i].noise, group, L);
-            lost += p[j / gk] * ln_cosh(sqrt(spread));
-            noise += p[j / gk] * p[j / gk] * spread;
-        }
-        if (L <= gk)
-            inside = noise * value / (double)gk;
-        for (int64_t t = keys.begin; t < keys.end && L > gk; t += L) {
-            lost -= coarse[i][t / L];
-            for (int64_t j = t; j < least(t + L, keys.end); j += gk)
-                off += pow(p[j / gk] - coarse[i][t / L] * exp(level[at].mass[j / gk] - level[i].mass[t / L]), 2);
-        }
-        if (L > gk)
-            lost += mass;
-        e[i] += lost * lost + inside + off * fmax(value - group_mean(level[at].value, keys, gk) / V, 0);
+static void known_level(const oracle *o, int64_t b, int64_t h, int i, double variance_v, known *x) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D], k[PSA_MAX_D], v[PSA_MAX_D], bias;
+    double *groups = zeros(o->Nk), *blocks = zeros(o->nk);
+    int64_t L = INT64_C(1) << i, gk = o->desc.score_group[1];
+    moments(o, b, h, mean, variance);
+    x->half[i] = zeros(o->Nk), x->value[i] = zeros(o->nk);
+    for (int64_t t = 0; L <= o->desc.block_k && t < o->Nk; t += L) {
+        range c = {t, least(t + L, o->Nk)};
+        x->half[i][t / gk] += pool_group(o, b, h, c, mean, variance, k, NULL, &bias);
+        x->value[i][t / o->desc.block_k] += variance_v > 0 ? value_spread(o, b, h, c, x->mass, v) / variance_v : 0;
+        groups[t / gk]++, blocks[t / o->desc.block_k]++;
     }
-    e[PSA_MAX_LEVELS] += mass * mass;
+    for (int64_t g = 0; g < o->Nk; g++)
+        x->half[i][g] /= groups[g] > 0 ? groups[g] : 1;
+    for (int64_t J = 0; J < o->nk; J++)
+        x->value[i][J] /= blocks[J] > 0 ? blocks[J] : 1;
+    free(groups), free(blocks);
+}
+
+static known known_of(const oracle *o, int64_t b, int64_t h) {
+    double mean[PSA_MAX_D], variance[PSA_MAX_D];
+    known x;
+    moments(o, b, h, mean, variance);
+    x.mass = zeros(o->Nk);
+    for (int64_t j = 0; j < o->Nk; j++)
+        x.mass[j] = o->desc.tilt ? o->scale * dot(mean, k_row(o, b, h, j), o->D) : 0;
+    double variance_v = head_variance(o, b, h, x.mass);
+    for (int i = 0; i < PSA_MAX_LEVELS; i++)
+        known_level(o, b, h, i, variance_v, &x);
+    return x;
+}
+
+static void known_free(known *x) {
+    for (int i = 0; i < PSA_MAX_LEVELS; i++)
+        free(x->half[i]), free(x->value[i]);
+    free(x->mass);
+}
+
+/* e of some rows for block J at level 1 << i, as psa.h's manual has it; P and coarse: the rows' attention to the groups
+ * of the score and to those of the level. */
+static double pair_error(const oracle *o, const known *x, int64_t J, int i, const double *P, const double *coarse) {
+    int64_t G = o->desc.score_group[1], L = INT64_C(1) << i, last = keys_of(o, J).end;
+    double missed = 0, off = 0, noise = 0;
+    int fine = 0;
+    while (1 << fine < G)
+        fine++;
+    int inner = L < G ? i : fine;
+    for (int64_t j = keys_of(o, J).begin; j < last; j += G) {
+        range group = {j, least(j + G, o->Nk)}, over = {j / L * L, least(j / L * L + L, o->Nk)};
+        double p = P[j / G], half = x->half[inner][j / G];
+        noise += p * p * 2 * half * x->value[inner][J] / (double)G;
+        missed += L <= G ? p * ln_cosh(sqrt(2 * half)) : p;
+        if (L > G)
+            off += pow(p - coarse[j / L] * exp(log_mass(x->mass, group) - log_mass(x->mass, over)), 2);
+    }
+    for (int64_t j = keys_of(o, J).begin; L > G && j < last; j += L)
+        missed -= coarse[j / L];
+    return missed * missed + noise + off * fmax(x->value[i][J] - x->value[fine][J], 0);
+}
+
+/* Adds what the rows' mean loses in each block at level i, and at PSA_MAX_LEVELS where it is skipped. */
+static void add_errors(const oracle *o, int64_t b, int64_t h, range rows, const known *x, double *e) {
+    int64_t G = o->desc.score_group[1];
+    double *P = zeros(o->Nk), *coarse = zeros(o->Nk), total = group_logits(o, b, h, rows, G, 1, P);
+    for (int64_t g = 0; g < o->Nk; g++)
+        P[g] = exp(P[g] - total);
+    for (int i = 1; 1 << i <= o->desc.block_k; i++) {
+        group_logits(o, b, h, rows, INT64_C(1) << i, 1, coarse);
+        for (int64_t g = 0; g < o->Nk; g++)
+            coarse[g] = exp(coarse[g] - total);
+        for (int64_t J = 0; J < o->nk; J++)
+            e[J * (PSA_MAX_LEVELS + 1) + i] += pair_error(o, x, J, i, P, coarse);
+    }
+    for (int64_t J = 0; J < o->nk; J++) {
+        double mass = 0;
+        for (int64_t j = keys_of(o, J).begin; j < keys_of(o, J).end; j += G)
+            mass += P[j / G];
+        e[J * (PSA_MAX_LEVELS + 1) + PSA_MAX_LEVELS] += mass * mass;
+    }
+    free(P), free(coarse);
 }
 
 void oracle_errors(const oracle *o, int64_t b, int64_t h, int64_t I, double *e) {
-    double *coarse[PSA_MAX_LEVELS] = {NULL}, *p = zeros(o->Nk), n = 0, V;
-    int64_t gq = o->desc.score_group[0], gk = o->desc.score_group[1], size = o->nk * (PSA_MAX_LEVELS + 1);
-    groups level[PSA_MAX_LEVELS];
-    int levels = 0;
+    int64_t gq = o->desc.score_group[0], size = o->nk * (PSA_MAX_LEVELS + 1);
+    known x = known_of(o, b, h);
+    double n = 0;
     memset(e, 0, (size_t)size * sizeof *e);
-    for (; 1 << levels <= o->desc.block_k; levels++) {
-        level[levels] = groups_of(o, b, h, 1 << levels);
-        coarse[levels] = zeros(o->Nk);
-    }
-    V = value_variance(o, b, h, &level[levels - 1]);
     for (int64_t first = rows_of(o, I).begin; first < rows_of(o, I).end; first += gq, n++) {
         range rows = {first, least(first + gq, rows_of(o, I).end)};
-        double total = group_logits(o, b, h, rows, gk, 1, p);
-        for (int64_t j = 0; j < o->Nk; j += gk)
-            p[j / gk] = exp(p[j / gk] - total);
-        for (int i = 0; i < levels; i++) {
-            if (1 << i > gk)
-                group_logits(o, b, h, rows, 1 << i, 1, coarse[i]);
-            for (int64_t j = 0; 1 << i > gk && j < o->Nk; j += 1 << i)
-                coarse[i][j >> i] = exp(coarse[i][j >> i] - total);
-        }
-        for (int64_t J = 0; J < o->nk; J++)
-            add_errors(o, level, V, J, p, coarse, e + J * (PSA_MAX_LEVELS + 1));
+        add_errors(o, b, h, rows, &x, e);
     }
     for (int64_t i = 0; i < size; i++)
         e[i] /= n;
-    for (int i = 0; i < levels; i++)
-        free(coarse[i]), free(level[i].mass), free(level[i].noise), free(level[i].value);
-    free(p);
+    known_free(&x);
 }
 
-/* ---- statistics ---- */
+/* ---- statistics
+ * --------------------------------------------------------------------------------------------------------- */
 
 static int level_slot(int level) {
     int slot = 0;
