@@ -229,6 +229,7 @@ check "score and mask as in attend: counts" cmp_stages "$blocks --scale .2" "$bl
 check "score and mask as in attend: pooled groups" cmp_stages "$blocks --score pooled --score-group 8,16" "$some"
 check "score and mask as in attend: threshold" cmp_stages "$blocks --score pooled" \
     "$some --mask threshold --min-full .1 --prefix 20 --suffix 3"
+check "score and mask as in attend: density" cmp_stages "$blocks --score pooled --tilt" "$some --density .3"
 check "score and mask as in attend: causal" cmp_stages "$blocks --score antidiagonal --stride 16 --causal" \
     "$some --mask threshold --inclusive --causal --sink --diagonal --sim-min .7,.6,.5"
 for options in "--skip-mean" "--causal" "--order gilbert --grid 8,8,8" "--order hybrid --grid 8,8,8"; do
@@ -264,6 +265,36 @@ check "sparse" attend sparse $d64 $some
 check "sparse is not dense" differ "$tmp/dense.npy" "$tmp/sparse.npy"
 check "the order changes what is skipped" attend ordered $d64 $some --order gilbert --grid 8,8,8
 check "the order changes what is skipped: so the result" differ "$tmp/sparse.npy" "$tmp/ordered.npy"
+
+echo "# trees, tilt, predicted error, density"
+for order in tree tree_kv "tree_kv --grid 8,8,8" "tree --metric euclid" "tree --prefix 9 --suffix 3"; do
+    check "$order, every block at level 1" attend level1 $d64 --level-end 1 --order $order
+    check "$order, every block at level 1: dense" near "$tmp/dense.npy" "$tmp/level1.npy" 4e-6 # both have the bound
+done
+check "tree" attend tree $d64 $some --order tree
+check "tree: not the raster's result" differ "$tmp/sparse.npy" "$tmp/tree.npy"
+check "tree, Euclid's metric" attend euclid $d64 $some --order tree --metric euclid
+check "tree, Euclid's metric: another order" differ "$tmp/euclid.npy" "$tmp/tree.npy"
+check "tilt" attend tilt $d64 $some --tilt
+check "tilt: another result" differ "$tmp/sparse.npy" "$tmp/tilt.npy"
+recipe="$d64 $blocks --order tree --tilt --mask error --density .2"
+check "recipe" attend recipe $recipe --save-levels "$tmp/recipe_levels.npy" --threads 1
+check "recipe: threads" attends_as recipe $recipe --threads 3
+check "recipe: the same bits from --levels" attends_as recipe $recipe --levels "$tmp/recipe_levels.npy"
+for options in "" "--mask threshold" "--mask error" "--budget head" "--mask error --budget head --skip-mean"; do
+    check "--density .25 $options" prints "^density 0\.2[45]" psa attend $d64 $blocks --density .25 $options --out \
+        "$tmp/out.npy"
+done
+check "--lambda: all is worth its price" attends_near "$tmp/dense" $d64 $blocks --mask error --lambda 1e-14
+check "--lambda: nothing is" prints "^density 0\.0000" psa attend $d64 $blocks --mask error --lambda 1e4 --out \
+    "$tmp/out.npy"
+check "--lambda is for mask error" refused "lambda 0.1: expected a price for mask ERROR" --lambda .1
+check "--lambda or --density" refused "lambda 0.1: expected a price" --mask error --lambda .1 --density .2
+check "trees are not causal" refused "a token order cannot be causal" --order tree --causal
+check "mask error is not causal" refused "without causality" --mask error --causal
+check "mask error needs groups" refused "groups of at least 2 keys" --mask error --score-group 8,1
+check "no such metric" refused "metric" --metric cosine
+check "no such budget" refused "budget" --budget block
 
 echo "# presets"
 for preset in $(psa info | awk 'begun > 1 { print $1 } begun { begun++ } /^presets:/ { begun = 1 }'); do
