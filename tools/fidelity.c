@@ -68,7 +68,7 @@ static const method methods[] = {
     {"binary, Gilbert, score_norm", GILBERT, {BINARY, .score_norm = 1}, NULL, {0}},
     {"binary, Gilbert, exact mass (bound)", GILBERT, {BINARY, .score = PSA_SCORE_EXACT}, "binary, exact scores",
      {67, 147, 195}},
-    {"binary, tree, exact mass (bound)", 0, 0, {BINARY, TREE, .score = PSA_SCORE_EXACT}, "binary, exact, trees",
+    {"binary, tree, exact mass (bound)", 0, 0, {BINARY, TREE, .score = PSA_SCORE_EXACT}, "the same with trees",
      {146, 197, 222}},
     {"tree (Euclid), top-k, pooled 8x8", 0, 0, {EUCLID, POOLED}, NULL, {0}},
     {"  skip_mean", 0, 0, {EUCLID, POOLED, .skip_mean = 1}, NULL, {0}},
@@ -402,7 +402,7 @@ static int print_json(const study *s) {
 
 /* ---- the picture ------------------------------------------------------------------------------------------------ */
 
-/* Error (logarithmic) over density. */
+/* Error (logarithmic) over density; both axes in pixels of the picture. */
 typedef struct chart {
     picture p;
     int x, y, w, h;
@@ -432,7 +432,7 @@ static void draw_line(const picture *p, double x0, double y0, double x1, double 
         }
 }
 
-static void draw_axes(chart *c) {
+static void draw_axes(chart *c, int heads) {
     static const double errors[] = {.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2};
     static const unsigned char grid[3] = {225, 225, 225};
     char label[64];
@@ -453,7 +453,8 @@ static void draw_axes(chart *c) {
     }
     fill(&c->p, c->x, c->y + c->h, c->w, s / 2, ink);
     fill(&c->p, c->x, c->y, s / 2, c->h, ink);
-    draw_text(&c->p, c->x, c->y - 14 * s, "relative error of attention's output, against dense", ink);
+    snprintf(label, sizeof label, "relative error against dense, mean of %d head%s", heads, heads == 1 ? "" : "s");
+    draw_text(&c->p, c->x, c->y - 14 * s, label, ink);
     draw_text(&c->p, c->x + c->w - text_width(&c->p, "density: share of dense multiply-adds"),
               c->y + c->h + 15 * s, "density: share of dense multiply-adds", ink);
 }
@@ -491,7 +492,7 @@ static int draw_chart(const study *s) {
     if (!picture_init(&c.p, 1100, 640, 2))
         return fail(&s->o, "not enough memory");
     c.x = 70, c.y = 50, c.w = 720, c.h = 530;
-    draw_axes(&c);
+    draw_axes(&c, s->n_units);
     for (int m = 0, y = c.y; m < METHODS; m++) {
         if (!methods[m].plot || !wanted(s, &methods[m]))
             continue;
