@@ -27,18 +27,20 @@ all: $B/psa $B/fidelity $B/classify $B/clips $B/test_psa $B/npydiff
 
 $B/psa: $(call object,tools/psa.c)
 $B/fidelity: $(call object,tools/fidelity.c)
+$B/dump_qkv: $(call object,tools/dump_qkv.c)
 $B/clips: $(call object,tools/clips.c)
 $B/classify: $(call object,$(wildcard examples/classify*.c))
 $B/psa $B/fidelity: LDLIBS += -lcjson
-$B/classify: LDLIBS += -lcjson -lopenblas
+$B/classify $B/dump_qkv: LDLIBS += -lcjson -lopenblas
 $B/test_psa: $(call object,$(filter-out tests/npydiff.c,$(wildcard tests/*.c)))
 $B/npydiff: $(call object,tests/npydiff.c)
 $B/readme: $B/readme.o
+$B/tools/dump_qkv.o: examples/classify.c
 $B/tools/fidelity.o: WARN += -Wno-unused-function # it takes but parts of run.h and draw.h
 $B/tools/clips.o: CFLAGS += -ffp-contract=off # the same clips everywhere
 $B/examples/classify.o: CFLAGS += -O3 # its loops over rows are written for the vectoriser
 
-$B/psa $B/fidelity $B/classify $B/clips $B/test_psa $B/npydiff $B/readme:
+$B/psa $B/fidelity $B/dump_qkv $B/classify $B/clips $B/test_psa $B/npydiff $B/readme:
 	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS) -lm -pthread
 
 # deps goes first where it is asked for, with make -j too.
