@@ -144,6 +144,7 @@ static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int t
 
 constexpr int PSA__THREADS = 128;              /* of every kernel: four warps */
 constexpr int PSA__WARPS = PSA__THREADS / 32;
+constexpr int PSA__CTAS = 6;                   /* of small kernels on an SM: left to itself ptxas spills to have more */
 constexpr uint32_t PSA__NONE = 0xffffffffu;    /* a stream row that does not exist */
 constexpr uint32_t PSA__POOLED = 0x80000000u;  /* a stream row that is a pooled one; the rest is its number */
 constexpr int PSA__NEAR_KEYS = 8192;           /* blocks that mask sorts in shared memory: 64 KB of keys */
@@ -899,10 +900,11 @@ PSA__DEVICE void psa__mask_threshold(const psa__job &job, int n, const float *sc
     double mass = 0, total, ahead;
     for (int i = begin; i < end; i++) mass += fmaxf(score[psa__ranked(job, i)], 0.0f);
     ahead = psa__scan(mass, &total);
-    ahead = total > 0 ? ahead / total : (double)begin / (double)n;
+    double factor = 1.0 / (total > 0 ? total : (double)n); /* without mass all have the same share */
+    ahead = (total > 0 ? ahead : (double)begin) * factor;
     for (int position = begin, i = 0; position < end; position++) {
         int j = psa__ranked(job, position);
-        double own = total > 0 ? fmaxf(score[j], 0.0f) / total : 1.0 / (double)n;
+        double own = (total > 0 ? fmaxf(score[j], 0.0f) : 1.0) * factor;
         while (i < job.n_ends && d.level_end[i] + 1e-6 < ahead + (d.inclusive ? own : 0)) i++;
         int l = i < job.n_ends ? 1 << i : 0;
         if (d.inclusive && position == 0) l = 1 << job.finest;
@@ -963,14 +965,13 @@ PSA__DEVICE void psa__make_list(const psa__job &job, int64_t task, int iq, const
     }
 }
 
-static __global__ void __launch_bounds__(PSA__THREADS) psa__mask(const __grid_constant__ psa__job job)
+static __global__ void __launch_bounds__(PSA__THREADS, PSA__CTAS) psa__mask(const __grid_constant__ psa__job job)
 {
-    int64_t tasks = (int64_t)job.B * job.Hq * job.nq;
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-        int iq = (int)(task % job.nq), head = (int)(task / job.nq), h = head % job.Hq, b = head / job.Hq;
+    for (int task = (int)blockIdx.x; task < job.B * job.Hq * job.nq; task += (int)gridDim.x) {
+        int iq = task % job.nq, head = task / job.nq, h = head % job.Hq, b = head / job.Hq;
         int n = psa__n_visible(job, iq), whole = psa__n_whole(job, iq), mask = job.plan.desc.mask;
-        uint8_t *level = job.levels + task * job.nk;
-        const float *score = job.scores + task * job.nk;
+        uint8_t *level = job.levels + (int64_t)task * job.nk;
+        const float *score = job.scores + (int64_t)task * job.nk;
         const uint8_t *cap = job.cap + (int64_t)(b * job.Hkv + h / job.group) * job.nk;
         if (mask != PSA_MASK_DENSE) psa__rank(job, score, n);
         if (mask == PSA_MASK_TOPK) psa__mask_topk(job, n, level);
@@ -986,10 +987,10 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__mask(const __grid_co
     }
 }
 
-static __global__ void __launch_bounds__(PSA__THREADS) psa__list(const __grid_constant__ psa__job job)
+static __global__ void __launch_bounds__(PSA__THREADS, PSA__CTAS) psa__list(const __grid_constant__ psa__job job)
 {
     int64_t task = blockIdx.x;
-    psa__make_list(job, task, (int)(task % job.nq), job.levels ? job.levels + task * job.nk : nullptr);
+    psa__make_list(job, task, (int)blockIdx.x % job.nq, job.levels ? job.levels + task * job.nk : nullptr);
 }
 
 /* ================================================================================================================= */
@@ -1439,7 +1440,7 @@ PSA__DEVICE float psa__part_lse(const psa__job &job, int i, int64_t row)
 /* exp(lse - top); equal infinities give 1. */
 PSA__DEVICE float psa__weight(float lse, float top) { return lse == top ? 1.0f : expf(lse - top); }
 
-static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid_constant__ psa__job job)
+static __global__ void __launch_bounds__(PSA__THREADS, PSA__CTAS) psa__combine(const __grid_constant__ psa__job job)
 {
     int row = (int)(blockIdx.x * PSA__WARPS + threadIdx.x / 32), head = row / job.Nq, n = row % job.Nq;
     int b = head / job.Hq, h = head % job.Hq;
@@ -1451,6 +1452,7 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid
     }
     if (job.merges && top == -PSA__INF) return;
     for (int i = 0; i < job.splits; i++) sum += psa__weight(psa__part_lse(job, i, row), top);
+    float factor = 1.0f / sum;
     int64_t token = psa__token(job.plan.desc.order_q, b, h, n);
     for (int c = (int)threadIdx.x % 32 * 2; c < job.Dv; c += 64) {
         psa__f2 x = {0, 0};
@@ -1464,7 +1466,7 @@ static __global__ void __launch_bounds__(PSA__THREADS) psa__combine(const __grid
             x.y += weight * psa__load(from, type, c + 1);
         }
         char *to = psa__row(job.out, b, h, token) + c * (job.out.type == PSA_F32 ? 4 : 2);
-        psa__store2(to, job.out.type, {x.x / sum, x.y / sum});
+        psa__store2(to, job.out.type, {x.x * factor, x.y * factor});
     }
     psa__sync_warp(); /* all have read lse */
     if (threadIdx.x % 32 == 0 && job.lse) job.lse[(int64_t)head * job.Nq + token] = top + logf(sum);

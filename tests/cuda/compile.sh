@@ -21,9 +21,9 @@ score<bf16,score_shape<64>> 2
 score<bf16,score_shape<128>> 2
 score<bf16,score_shape<256>> 2
 pool<bf16> 5
-mask 8
-list 8
-combine 8'
+mask 6
+list 6
+combine 6'
 
 if [ -z "$SM" ]; then
     echo "psa_cuda.cu: not compiled, there is no nvcc"
