@@ -411,8 +411,6 @@ check "bench: scalar code when asked" prints "scalar f32" psa bench --topic dens
 check "bench: two topics" prints "^memory: " psa bench --topic call,memory $tiny
 check "bench: rows of call" bench_rows call 8 $tiny
 check "bench: rows of call against another" ratios 7
-check "bench: rows of recipe" bench_rows recipe 10 $tiny
-check "bench: rows of recipe against dense" ratios 9
 check "bench: rows of density" bench_rows density 16 $tiny --block-k 32
 check "bench: rows of density against dense" ratios 15
 check "bench: rows of decode" bench_rows decode 14 $tiny --type bf16
@@ -434,7 +432,7 @@ check "bench: memory ratio" same_ratio
 check "bench: head size" rejected "expected a multiple of 8" psa bench --n 256 --d 12
 check "bench: block size" rejected "block-k 48: expected 16, 32, 64 or 128" psa bench --n 256 --block-k 48
 check "bench: lists" rejected "n '256,': expected N,..." psa bench --n 256,
-check "bench: topics" rejected "topic 'call,speed': expected some of dense, call, recipe" psa bench --topic call,speed
+check "bench: topics" rejected "topic 'call,speed': expected some of dense, call, recipe, density" psa bench --topic call,speed
 for option in "--d 7" "--d 264" "--n 0" "--heads 0" "--heads x" "--density 0" "--density 1.01" "--threads 0" \
     "--type f64" "--isa sse9"; do
     check "bench $option" rejected "${option% *} '${option#* }': expected" psa bench $option
