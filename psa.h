@@ -908,7 +908,7 @@ typedef struct psa__leaves {
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
-    /* Trees: s[i] = u . row i, for row pointers as in a tile (s has room for the padding), or with u NULL row i . row i;
+    /* Trees: s[i] = u . row i, or with u NULL row i . row i, for row pointers as in a tile (s has room for the padding);
      * dst = sum of s[i] * row i; below[i] = whether s[i] is among the k smallest of n, ties by index. */
     void (*project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d, float *s);
     void (*combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst);
@@ -2440,7 +2440,7 @@ static psa_result psa__plan_levels(psa_plan *p)
             return psa__fail(d, PSA_ERR_LEVELS, "level_count[%d]: level %d is above block_k %d", i, 1 << i, d->block_k);
         }
     }
-    if (counted && (d->mask != PSA_MASK_TOPK || d->density > 0)) {
+    if (counted && d->mask != PSA_MASK_DENSE && (d->mask != PSA_MASK_TOPK || d->density > 0)) {
         return psa__fail(d, PSA_ERR_MASK, "level_count needs top-k, without density");
     }
     if (!ended) memcpy(d->level_end, d->mask == PSA_MASK_THRESHOLD ? threshold : topk, sizeof topk);
@@ -2463,7 +2463,8 @@ static psa_result psa__plan_density(psa_plan *p)
     if (!(d->density >= 0 && d->density <= 1)) {
         return psa__fail(d, PSA_ERR_MASK, "density is %g, expected (0,1], or 0 for none", d->density);
     }
-    if (!(d->lambda >= 0 && d->lambda <= 1e30) || (d->lambda > 0 && (d->mask != PSA_MASK_ERROR || d->density > 0))) {
+    if (!(d->lambda >= 0 && d->lambda <= 1e30) ||
+        (d->lambda > 0 && d->mask != PSA_MASK_DENSE && (d->mask != PSA_MASK_ERROR || d->density > 0))) {
         return psa__fail(d, PSA_ERR_MASK, "lambda %g: expected a price for mask ERROR without density", d->lambda);
     }
     if (d->causal && (d->mask == PSA_MASK_ERROR || d->tilt)) {
@@ -2936,7 +2937,7 @@ typedef struct psa__tree {
     int32_t *index;        /* its order */
 } psa__tree;
 
-/* The i-th of n out of `size`: one from each n-th part, at random, so that no grid of tokens falls in step with them. */
+/* The i-th of n out of `size`: one from each n-th part, at random, so that no grid of tokens falls in step. */
 static int64_t psa__tree_sample(int64_t i, int64_t n, int64_t size)
 {
     int64_t first = i * size / n, end = (i + 1) * size / n;
@@ -3008,8 +3009,8 @@ static void psa__tree_root(psa__scratch *w, int64_t d)
 }
 
 /* w->direction = the principal direction of n rows, from the difference of the two that are farthest apart in the
- * caller's order: power steps u <- Y^T Y u, in a metric C: u <- C Y^T Y u. Few rows need few steps: twice as many for all
- * take 3 % off the error of attention. */
+ * caller's order: power steps u <- Y^T Y u, in a metric C: u <- C Y^T Y u. Few rows need few steps: twice as many take
+ * 3 % off the error of attention. */
 static void psa__tree_direction(psa__tree *t, const float *const *rows, int64_t n, int metric)
 {
     const psa__leaves *f = t->p->leaves;
@@ -3718,13 +3719,14 @@ static void psa__error_steps(const float *error, int64_t stride, int n_levels, i
     for (; at < n_levels; at++) step[at] = PSA__PRICES; /* never */
 }
 
-/* From what block_error left of a row: the steps of its n blocks. */
+/* From what block_error left of a row: the steps of its n blocks. The one that is dearest to skip is never skipped, so
+ * that no row is empty. */
 static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
                            uint16_t *steps)
 {
     float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1];
     int levels = p->n_levels, last = p->desc.skip_mean ? levels - 1 : levels;
-    int64_t stride = p->nk + 16;
+    int64_t stride = p->nk + 16, dearest = 0;
     for (int i = 0; i < levels; i++) {
         for (int j = i + 1; j <= levels; j++) {
             float saved = psa__level_cost(i, levels) - psa__level_cost(j, levels);
@@ -3734,7 +3736,9 @@ static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int
     p->leaves->row_error(padded, n, levels, w->bm, w->x, p->nk * padded, w->m, w->l, w->error, stride);
     for (int64_t jk = 0; jk < n; jk++) {
         psa__error_steps(w->error + jk, stride, levels, last, per_cost, steps + jk * levels);
+        if (steps[jk * levels + levels - 1] > steps[dearest * levels + levels - 1]) dearest = jk;
     }
+    steps[dearest * levels + levels - 1] = PSA__PRICES;
 }
 
 /* Rows iq .. iq+m-1 of a head's score map, which go together. */

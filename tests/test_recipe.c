@@ -156,9 +156,14 @@ static void check_choices(const setup *s, double *sum) {
         int64_t I = row % s->o.nq, head = row / s->o.nq;
         double n = fmin((double)s->o.desc.block_q, (double)(s->o.Nq - I * s->o.desc.block_q));
         oracle_errors(&s->o, head / s->o.Hq, head % s->o.Hq, I, e);
+        int64_t read = 0;
+        for (int64_t J = 0; J < s->o.nk; J++)
+            read += setup_levels(s)[row * s->o.nk + J] > 0;
+        CHECK(read > 0, "row %d is empty", (int)row);
         for (int64_t J = 0; J < s->o.nk; J++) {
             int level = setup_levels(s)[row * s->o.nk + J];
-            check_choice(s, e + J * PER_BLOCK, level, row * s->o.nk + J);
+            if (read > 1 || level != s->o.desc.block_k) /* the last block of a row stays, whatever it costs */
+                check_choice(s, e + J * PER_BLOCK, level, row * s->o.nk + J);
             sum[head] += n * e[J * PER_BLOCK + (slot_of(s, level) < 0 ? 0 : slot_of(s, level))];
         }
     }
