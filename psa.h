@@ -757,11 +757,11 @@ static float psa__exp2(float x)
     if (x > 126.0f) return x >= 128.0f ? psa__float(0x7f800000u) : 4.0f * psa__exp2(x - 2.0f);
     r = (float)(int)(x < 0.0f ? x - 0.5f : x + 0.5f);
     f = x - r;
-    p = 1.3398874e-3f;
-    p = p * f + 9.6184373e-3f;
-    p = p * f + 5.5503324e-2f;
-    p = p * f + 2.4022648e-1f;
-    p = p * f + 6.9314718e-1f;
+    p = 1.3264727e-3f;
+    p = p * f + 9.6715127e-3f;
+    p = p * f + 5.5507337e-2f;
+    p = p * f + 2.4022242e-1f;
+    p = p * f + 6.9314698e-1f;
     p = p * f + 1.0f;
     return p * psa__float((uint32_t)((int)r + 127) << 23);
 }
@@ -1068,11 +1068,11 @@ PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(exp2)(__m256 x)
     const __m256 low = _mm256_set1_ps(-126.0f), round = _mm256_set1_ps(12583039.0f); /* 1.5 * 2^23 + 127 */
     __m256 keep = _mm256_cmp_ps(x, low, _CMP_NLT_UQ), c = _mm256_max_ps(low, x); /* NaN passes through both */
     __m256 t = _mm256_add_ps(c, round), f = _mm256_sub_ps(c, _mm256_sub_ps(t, round));
-    __m256 p = _mm256_set1_ps(1.3398874e-3f);
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.6184373e-3f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.5503324e-2f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.4022648e-1f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.9314718e-1f));
+    __m256 p = _mm256_set1_ps(1.3264727e-3f);
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.6715127e-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.5507337e-2f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.4022242e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.9314698e-1f));
     p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)));
     return _mm256_and_ps(p, keep);
@@ -1168,11 +1168,11 @@ PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(exp2)(__m512 x)
     const __m512 round = _mm512_set1_ps(12582912.0f);     /* 1.5 * 2^23 */
     __m512 c = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* NaN passes; -inf must not meet -inf below */
     __m512 r = _mm512_sub_ps(_mm512_add_ps(c, round), round), f = _mm512_sub_ps(c, r);
-    __m512 p = _mm512_set1_ps(1.3398874e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6184373e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503324e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022648e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    __m512 p = _mm512_set1_ps(1.3264727e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6715127e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5507337e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314698e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, r);
 }
@@ -1291,11 +1291,11 @@ PSA__ALWAYS_INLINE float32x4_t PSA__(exp2)(float32x4_t x)
     uint32x4_t below = vcltq_f32(x, low);
     float32x4_t c = vbslq_f32(below, low, x), r = vrndnq_f32(c), f = vsubq_f32(c, r); /* NaN passes */
     int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(r), vdupq_n_s32(127)), 23);
-    float32x4_t p = vdupq_n_f32(1.3398874e-3f);
-    p = vfmaq_f32(vdupq_n_f32(9.6184373e-3f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(5.5503324e-2f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(2.4022648e-1f), p, f);
-    p = vfmaq_f32(vdupq_n_f32(6.9314718e-1f), p, f);
+    float32x4_t p = vdupq_n_f32(1.3264727e-3f);
+    p = vfmaq_f32(vdupq_n_f32(9.6715127e-3f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(5.5507337e-2f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(2.4022242e-1f), p, f);
+    p = vfmaq_f32(vdupq_n_f32(6.9314698e-1f), p, f);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
     return vbslq_f32(below, vdupq_n_f32(0.0f), vmulq_f32(p, vreinterpretq_f32_s32(power)));
 }

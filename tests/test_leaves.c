@@ -198,9 +198,9 @@ static block block_new(const psa__leaves *f) {
     return b;
 }
 
-/* exp2 is good to 4e-6. */
+/* exp2 is good to 2e-7. */
 static void check_exp(const psa__leaves *f, const char *what, double got, double want, double size, int power) {
-    CHECK(fabs(got - want) <= power * 5e-6 * size + 1e-37, "%s, %s: %.9g, expected %.9g", f->name, what, got, want);
+    CHECK(fabs(got - want) <= power * 1e-6 * size + 1e-37, "%s, %s: %.9g, expected %.9g", f->name, what, got, want);
 }
 
 static void block_free(block *b) { free(b->s), free(b->known), free(b->kept); }
