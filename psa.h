@@ -89,7 +89,8 @@
  *     THRESHOLD     P = the mass ahead of a block: it gets the first level with P <= level_end[i] (within 1e-6). With
  *                   inclusive, P counts the block itself; the top block stays at the finest level in use.
  *     ERROR         the level L that makes e(L) + lambda / L least, skipping (cost 0) among them, where e(L) is the
- *                   squared error that the pair is predicted to make at level L: see RECIPE.
+ *                   squared error that the pair is predicted to make at level L: see RECIPE. The block
+ *                   of a row that is dearest to skip stays.
  *     DENSE         everything at level 1.
  *
  *     density says what the map is to cost, over the whole call or in each head: level_end is then scaled, or lambda
@@ -158,7 +159,7 @@
  *
  *     psa_tensor has ggml's ne and nb: copy data, ne, nb and the type. Each stage is one ggml_custom_4d node whose
  *     callback passes ith and nth on; workspace and level map are tensors of the graph; set n_threads to the graph's
- *     threads.
+ *     threads. examples/ggml/psa_ggml.h does all of it.
  *
  * SOURCES
  *
@@ -908,7 +909,7 @@ typedef struct psa__leaves {
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
-    /* Trees: s[i] = u . row i, or with u NULL row i . row i, for row pointers as in a tile (s has room for the padding);
+    /* Trees: s[i] = u . row i, with u NULL row i . row i, for row pointers as in a tile (s has room for the padding);
      * dst = sum of s[i] * row i; below[i] = whether s[i] is among the k smallest of n, ties by index. */
     void (*project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d, float *s);
     void (*combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst);
