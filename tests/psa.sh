@@ -286,7 +286,7 @@ for options in "" "--mask threshold" "--mask error" "--budget head" "--mask erro
         "$tmp/out.npy"
 done
 check "--lambda: all is worth its price" attends_near "$tmp/dense" $d64 $blocks --mask error --lambda 1e-14
-check "--lambda: nothing is" prints "^density 0\.0000" psa attend $d64 $blocks --mask error --lambda 1e4 --out \
+check "--lambda: one mean of a row is" prints "^density 0\.0020" psa attend $d64 $blocks --mask error --lambda 1e4 --out \
     "$tmp/out.npy"
 check "--lambda is for mask error" refused "lambda 0.1: expected a price for mask ERROR" --lambda .1
 check "--lambda or --density" refused "lambda 0.1: expected a price" --mask error --lambda .1 --density .2
