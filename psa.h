@@ -594,7 +594,7 @@ extern psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const voi
 /* All of them. extra as for psa_attention, with device pointers; stats are not filled in. */
 extern psa_result psa_cuda_attention(const psa_plan *plan, const void *q, const void *k, const void *v, void *out,
                                      const psa_extra *extra, void *work, size_t work_size, void *stream);
-/* psa_merge on the device. */
+/* psa_merge on the device; out: data and strides in multiples of 16 bytes. */
 extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_tensor *part, const float *part_lse,
                                  void *stream);
 #endif

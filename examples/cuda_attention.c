@@ -45,7 +45,8 @@ int main(void)
     if (!d[0] || !d[1] || !d[2] || !d[3] || !work) return fail("cudaMalloc", PSA_ERR_CUDA_DEVICE);
     r = psa_cuda_attention(&plan, d[0], d[1], d[2], d[3], NULL, work, psa_cuda_work_size(&plan), NULL);
     if (r != PSA_OK) return fail("GPU", r);
-    if (cudaMemcpy(result, d[3], sizeof result, cudaMemcpyDeviceToHost) != cudaSuccess) return fail("GPU", PSA_ERR_CUDA_LAUNCH);
+    if (cudaMemcpy(result, d[3], sizeof result, cudaMemcpyDeviceToHost) != cudaSuccess)
+        return fail("GPU", PSA_ERR_CUDA_LAUNCH);
 
     for (int i = 0; i < COUNT; i++) {
         error += (result[i] - x[3][i]) * (result[i] - x[3][i]);

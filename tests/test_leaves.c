@@ -48,7 +48,8 @@ static void check_vectors(const psa__leaves *f, int round) {
     f->moments(sum, square, a, n);
     for (int64_t i = 0; i < n; i++) {
         double x = (double)a[i], y = (double)b[i];
-        check_sum(f, "blend", (double)to[i], (double)(float)wa * x + (double)(float)wb * y, fabs(wa * x) + fabs(wb * y));
+        check_sum(f, "blend", (double)to[i], (double)(float)wa * x + (double)(float)wb * y,
+                  fabs(wa * x) + fabs(wb * y));
         check_sum(f, "sum", (double)sum[i], (double)was[0][i] + x, fabs((double)was[0][i]) + fabs(x));
         check_sum(f, "square", (double)square[i], (double)was[1][i] + x * x, fabs((double)was[1][i]) + x * x);
     }
@@ -250,7 +251,8 @@ static void check_block_lane(const psa__leaves *f, const block *b, int lane, flo
         }
         double value = (double)b->e.value[b->e.fine + i];
         check_exp(f, "coarse", (double)x[(b->e.fine + i) * b->e.plane + lane],
-                  (all - sum) * (all - sum) + off * value + inside, (all + sum) * (all + sum) + size * value + inside, 2);
+                  (all - sum) * (all - sum) + off * value + inside,
+                  (all + sum) * (all + sum) + size * value + inside, 2);
     }
     check_exp(f, "skip", (double)x[(b->e.fine + b->e.coarse) * b->e.plane + lane], all * all, all * all, 2);
 }

@@ -27,7 +27,7 @@ $B/psa_cuda.o: psa_cuda.cu psa.h
 cuda: $(if $(NVCC),$B/psa_cuda.o)
 	B=$B SM="$(SM)" tests/cuda/compile.sh
 
-# The emulator: gcc or clang, x86-64 or AArch64, glibc. Its fibers longjmp between stacks. -O1 compiles in half the time.
+# The emulator: gcc or clang, x86-64 or AArch64, glibc. Its fibers longjmp between stacks. -O1 compiles twice as fast.
 EMULATED = $(CXX) -std=c++17 $(WARN) -Wno-unknown-pragmas -O1 -g -I. -Itests/cuda -U_FORTIFY_SOURCE
 
 $B/emu/psa_cuda.o: psa_cuda.cu psa.h $(wildcard tests/cuda/*.h) Makefile tools/cuda.mk
