@@ -33,7 +33,8 @@ enum { N_ROWS = sizeof rows / sizeof *rows };
 static void check_desc(const preset_row *row, const psa_desc *d) {
     const char *n = row->name;
     int qwen = row->is_qwen, recipe = row->mask == PSA_MASK_ERROR;
-    double min_full = row->mask == THRESHOLD && !qwen ? .06 : 0; /* rounded: x87 would compare in long double */
+    /* rounded: x87 would compare in long double */
+    double min_full = row->mask == THRESHOLD && !qwen ? .06 : 0, density = recipe ? .15 : 0;
     CHECK(d->block_q == row->block_q && d->block_k == row->block_k, "%s: %d/%d", n, d->block_q, d->block_k);
     CHECK((int)d->mask == row->mask, "%s: mask %d", n, (int)d->mask);
     for (int i = 0; i < PSA_MAX_LEVELS; i++) {
@@ -51,7 +52,7 @@ static void check_desc(const preset_row *row, const psa_desc *d) {
           n, (int)d->score);
     CHECK(d->tree == (recipe ? PSA_TREE_QKV : PSA_TREE_NONE) && d->tilt == recipe, "%s: tree %d, tilt %d", n,
           (int)d->tree, d->tilt);
-    CHECK(d->density == (recipe ? .15 : 0), "%s: density %g", n, d->density);
+    CHECK(d->density == density, "%s: density %g", n, d->density);
     CHECK(!qwen || d->stride == 8, "%s: stride %d", n, d->stride);
     CHECK(d->sample_q == .25 && d->sample_k == .25, "%s: samples %g %g", n, d->sample_q, d->sample_k);
     CHECK(!d->score_norm && !d->score_mean, "%s: score_norm %d, score_mean %d", n, d->score_norm, d->score_mean);
