@@ -1793,9 +1793,11 @@ PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(squares)(psa_type type, const float 
             acc[i] = PSA__(fma)(x, x, acc[i]);
         }
     }
-    PSA__UNROLL for (int i = 0; i < W && at < d; i++) {
-        const PSA__V x = PSA__(load_lanes)(8, type, rows[i], at);
-        acc[i] = PSA__(fma)(x, x, acc[i]);
+    if (at < d) {
+        PSA__UNROLL for (int i = 0; i < W; i++) {
+            const PSA__V x = PSA__(load_lanes)(8, type, rows[i], at);
+            acc[i] = PSA__(fma)(x, x, acc[i]);
+        }
     }
     return PSA__(sums)(acc);
 }
