@@ -398,7 +398,7 @@ static const char bench_compiler[] = "unknown";
 static void print_machine(const bench *b, const char *cpu) {
     if (b->o->backend != BACKEND_CPU) {
         printf("device    %s\nrun       one batch, %s, blocks %d x %d, top-k\n\n",
-               b->o->backend == BACKEND_MODEL ? "none: counted by the rules of tools/model.h" : b->gpu.name,
+               b->o->backend == BACKEND_MODEL ? "none: counted by the rules of tools/gpu_model.h" : b->gpu.name,
                type_name(gpu_type(b)), BLOCK_Q, b->block_k);
         return;
     }

@@ -3,7 +3,7 @@
 #ifndef BENCH_ROWS_H
 #define BENCH_ROWS_H
 
-#include "model.h"
+#include "gpu_model.h"
 #include "peak.h"
 
 enum { MOST_REPEATS = 15, LEAST_REPEATS = 5 };

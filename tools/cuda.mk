@@ -34,7 +34,7 @@ $B/emu/psa_cuda.o: psa_cuda.cu psa.h $(wildcard tests/cuda/*.h) Makefile tools/c
 	@mkdir -p $(@D)
 	$(EMULATED) -DPSA_CUDA_EMULATED -xc++ -c $< -o $@
 
-$B/test_cuda: tests/cuda/test_cuda.cpp $B/emu/psa_cuda.o tools/model.h
+$B/test_cuda: tests/cuda/test_cuda.cpp $B/emu/psa_cuda.o tools/gpu_model.h
 	$(CC) -xc -DPSA_IMPLEMENTATION $(CFLAGS) -c psa.h -o $B/emu/psa.o
 	$(EMULATED) $(filter %.cpp %.o,$^) $B/emu/psa.o -o $@ -lm -pthread
 

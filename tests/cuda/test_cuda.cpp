@@ -6,7 +6,7 @@
 #include "psa.h"
 
 #include "emu.h"
-#include "tools/model.h"
+#include "tools/gpu_model.h"
 
 #include <stdarg.h>
 #include <sys/mman.h>
@@ -907,7 +907,7 @@ static void test_shared_memory()
     }
 }
 
-/* The counts of tools/model.h are those of the kernels. */
+/* The counts of tools/gpu_model.h are those of the kernels. */
 static void test_model()
 {
     for (int i = 0; i < 6; i++) {

@@ -18,7 +18,7 @@
  * functions replaced: exit returns to the fuzzer, which takes back what the run held; memory is limited; mmap copies
  * the file, so that reading one byte past its end is seen. Checked besides: errors are one line and status 2, what is
  * accepted is in order, and nothing is left behind. */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #define _FILE_OFFSET_BITS 64
 #include <cjson/cJSON.h>
 #include <iconv.h>
