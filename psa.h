@@ -1628,7 +1628,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_products)(psa_type type, int width
     PSA__V kx[PSA__W];
     PSA__UNROLL for (int i = 0; i < keys; i++) {
         kx[i] = PSA__(load_lanes)(lanes, type, k[i], at);
-        PSA__PREFETCH((const char *)(const void *)v[i] + at * (type == PSA_F32 ? 4 : 2));
+        PSA__PREFETCH((const char *)((uintptr_t)v[i] + (uintptr_t)at * (type == PSA_F32 ? 4 : 2)));
     }
     PSA__UNROLL for (int query = 0; query < width; query++) {
         const PSA__V qx = PSA__(load_lanes)(lanes, PSA_F32, q + at * width, query * lanes);
