@@ -226,6 +226,7 @@ int main(int argc, char **argv) {
     if (rc != 0 || j.in.psa.help) return rc;
     choose_blas_kernels(argv);
     return_memory();
+    j.program = peak_memory();
     job_open(&j);
     if (j.in.eval) {
         rc = evaluate(&j);

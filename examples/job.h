@@ -40,6 +40,7 @@ typedef struct job {
     clip clip;              /* the last one of a video */
     trace trace;            /* with --png, of the last clip */
     size_t activations;     /* bytes: the most that a clip took, its pixels among them */
+    double program;         /* bytes in memory before there was a model: code and libraries */
 } job;
 
 /* Room for one more item after n, doubled when n is a power of two. */

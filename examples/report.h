@@ -70,8 +70,8 @@ static void print_text(const job *j) {
     for (size_t i = 0; i < j->n_results; i++) print_result(j, &j->results[i]);
     if (j->in.psa.compare && j->n_results > 1)
         printf("\ntop-1 agrees on %d of %zu inputs\n", count_agreeing(j), j->n_results);
-    printf("\nmemory: %.1f MB at most; weights %.1f MB, activations %.1f MB\n", 1e-6 * peak_memory(),
-           1e-6 * (double)checkpoint_bytes(&j->m.weights), 1e-6 * (double)j->activations);
+    printf("\nmemory: %.1f MB at most; program %.1f MB, weights %.1f MB, activations %.1f MB\n", 1e-6 * peak_memory(),
+           1e-6 * j->program, 1e-6 * (double)checkpoint_bytes(&j->m.weights), 1e-6 * (double)j->activations);
 }
 
 /* ---- JSON ------------------------------------------------------------------------------------------------------- */
@@ -122,6 +122,7 @@ static void print_and_delete(cJSON *root) {
 static void json_memory(cJSON *parent, const job *j) {
     cJSON *object = cJSON_AddObjectToObject(parent, "memory");
     cJSON_AddNumberToObject(object, "peak_bytes", peak_memory());
+    cJSON_AddNumberToObject(object, "program_bytes", j->program);
     cJSON_AddNumberToObject(object, "weights_bytes", (double)checkpoint_bytes(&j->m.weights));
     cJSON_AddNumberToObject(object, "activations_bytes", (double)j->activations);
 }
