@@ -131,16 +131,14 @@ double compare(const char *file, int line, const char *what, const double *got, 
 
 double *doubles_of(const float *x, size_t n); /* caller frees */
 
-/* ---- orders --------------------------------------------------------------------------------------------------------
- */
+/* ---- orders ------------------------------------------------------------------------------------------------------ */
 
 int is_permutation(const int32_t *index, int64_t n);
 int64_t order_at(const psa_order *order, int64_t b, int64_t h, int64_t p);
 /* x [B][H][N][D] permuted (or put back) into a new array. */
 double *permuted(const double *x, const psa_order *order, int64_t B, int64_t H, int64_t N, int64_t D, int back);
 
-/* ---- one attention call with everything around it
- * ----------------------------------------------------------------------- */
+/* ---- one attention call with everything around it ---------------------------------------------------------------- */
 
 typedef struct shape {
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
@@ -196,5 +194,10 @@ void check_scores(const char *file, int line, const setup *s);
 
 /* A map with random levels up to `coarsest`; about `skip` percent of 0. [B][Hq][nq][nk] of the plan. */
 void random_levels(const psa_plan *plan, int coarsest, int skip, uint8_t *levels);
+
+/* Pools and attends by such a map, and compares with the oracle. */
+void check_random_levels(const char *file, int line, setup *s, int skip);
+
+#define CHECK_RANDOM_LEVELS(s, skip) check_random_levels(__FILE__, __LINE__, s, skip)
 
 #endif

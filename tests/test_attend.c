@@ -13,10 +13,7 @@ static void random_case(const psa_desc *desc, const shape *x) {
     setup s;
     if (!setup_init(&s, desc, x))
         return;
-    random_levels(&s.plan, desc->block_k, rnd_int(0, 80), setup_levels(&s));
-    run_pool(&s, rnd_int(1, 3));
-    run_attend(&s, setup_levels(&s), rnd_int(1, 3));
-    CHECK_ATTENTION(&s, setup_levels(&s));
+    CHECK_RANDOM_LEVELS(&s, rnd_int(0, 80));
     setup_free(&s);
 }
 
@@ -98,10 +95,7 @@ static void attend_few(void) {
                     continue;
                 run_attend(&s, NULL, 1);
                 CHECK_ATTENTION(&s, NULL);
-                random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
-                run_pool(&s, 1);
-                run_attend(&s, setup_levels(&s), 2);
-                CHECK_ATTENTION(&s, setup_levels(&s));
+                CHECK_RANDOM_LEVELS(&s, 20);
                 setup_free(&s);
             }
 }
@@ -364,10 +358,7 @@ static void attend_rising_logits(void) {
             for (int64_t row = 0; row < x.B * x.Hkv; row++)
                 tensor_set(&s.k, 0, n, row % x.Hkv, row / x.Hkv,
                            rnd_chance(50) ? .02 * (double)n : 6 - .02 * (double)n);
-        random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
-        run_pool(&s, 1);
-        run_attend(&s, setup_levels(&s), 1);
-        CHECK_ATTENTION(&s, setup_levels(&s));
+        CHECK_RANDOM_LEVELS(&s, 20);
         setup_free(&s);
     }
 }
@@ -386,10 +377,7 @@ static void attend_denormal(void) {
         all_levels(&desc);
         if (!setup_init(&s, &desc, &x))
             continue;
-        random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
-        run_pool(&s, 1);
-        run_attend(&s, setup_levels(&s), 1);
-        CHECK_ATTENTION(&s, setup_levels(&s));
+        CHECK_RANDOM_LEVELS(&s, 20);
         setup_free(&s);
     }
 }
@@ -591,10 +579,7 @@ static void one_call_broadcast(void) {
         oracle_init(&s.o, &desc, x.B, x.Hq, x.Hkv, x.Nq, x.Nk, x.D, x.Dv, s.q.x, s.k.x, s.v.x);
         if (CHECK_RESULT(psa_plan_init(&s.plan, &desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t), PSA_OK)) {
             one_call_case(&s, 2);
-            random_levels(&s.plan, desc.block_k, 30, setup_levels(&s));
-            run_pool(&s, 1);
-            run_attend(&s, setup_levels(&s), 1);
-            CHECK_ATTENTION(&s, setup_levels(&s));
+            CHECK_RANDOM_LEVELS(&s, 30);
         }
         setup_free(&s);
     }

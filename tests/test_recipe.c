@@ -28,10 +28,8 @@ static void tilt_attention(void) {
         if (!setup_init(&s, &desc, &x))
             continue;
         lean(&s);
-        run_prepare(&s, rnd_int(1, 3)), run_pool(&s, rnd_int(1, 3));
-        random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
-        run_attend(&s, setup_levels(&s), 1);
-        CHECK_ATTENTION(&s, setup_levels(&s));
+        run_prepare(&s, rnd_int(1, 3));
+        CHECK_RANDOM_LEVELS(&s, 20);
         setup_free(&s);
     }
 }
@@ -68,10 +66,8 @@ static void tilt_nothing(void) {
         for (int64_t i = 0; i < x.B * x.Hq * x.Nq * x.D; i++)
             tensor_set(&s.q, i % x.D, i / x.D % x.Nq, i / x.D / x.Nq % x.Hq, i / x.D / x.Nq / x.Hq, 0);
         s.o.desc.tilt = 0;
-        run_prepare(&s, 1), run_pool(&s, 1);
-        random_levels(&s.plan, desc.block_k, 20, setup_levels(&s));
-        run_attend(&s, setup_levels(&s), 1);
-        CHECK_ATTENTION(&s, setup_levels(&s));
+        run_prepare(&s, 1);
+        CHECK_RANDOM_LEVELS(&s, 20);
         setup_free(&s);
     }
 }

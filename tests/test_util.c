@@ -516,3 +516,10 @@ void random_levels(const psa_plan *plan, int coarsest, int skip, uint8_t *levels
     for (size_t i = 0; i < psa_map_size(plan); i++)
         levels[i] = (uint8_t)(rnd_chance(skip) ? 0 : 1 << rnd_int(0, n));
 }
+
+void check_random_levels(const char *file, int line, setup *s, int skip) {
+    random_levels(&s->plan, s->o.desc.block_k, skip, setup_levels(s));
+    run_pool(s, rnd_int(1, 3));
+    run_attend(s, setup_levels(s), rnd_int(1, 3));
+    check_attention(file, line, s, setup_levels(s));
+}
