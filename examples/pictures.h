@@ -501,17 +501,10 @@ static picture draw_summary_picture(const gaze *g, const caption *c) {
 
 /* ---- files ------------------------------------------------------------------------------------------------------ */
 
-/* Under another name first, so that nobody finds half a picture. */
 static void save(const char *dir, const char *name, picture p) {
-    char *path = join_path(dir, name), *temp = alloc(strlen(path) + 32, 1);
-    snprintf(temp, strlen(path) + 32, "%s.%ld", path, (long)getpid());
-    if (picture_write(&p, temp) != 0 || rename(temp, path) != 0) {
-        int error = errno;
-        remove(temp);
-        die("%s: cannot write the picture: %s", path, strerror(error));
-    }
+    char *path = join_path(dir, name);
+    if (picture_write(&p, path) != 0) die("%s: cannot write the picture: %s", path, strerror(errno));
     free(p.rgb);
-    free(temp);
     free(path);
 }
 

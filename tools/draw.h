@@ -3,10 +3,12 @@
 #ifndef DRAW_H
 #define DRAW_H
 
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define STB_IMAGE_WRITE_STATIC
 #define STB_IMAGE_WRITE_IMPLEMENTATION
@@ -138,13 +140,27 @@ static void picture__write(void *context, void *data, int size) {
     fwrite(data, 1, (size_t)size, (FILE *)context); /* an error stays set in the FILE */
 }
 
-/* 0, or -1 where the file could not be written. */
+/* Under another name first, so that nobody finds half a picture. 0; or -1 and errno, and what was there is still
+ * there. */
 static int picture_write(const picture *p, const char *path) {
-    FILE *f = fopen(path, "wb");
-    if (!f)
+    size_t size = strlen(path) + 32;
+    char *temp = (char *)malloc(size);
+    if (!temp)
         return -1;
-    int bad = !stbi_write_png_to_func(picture__write, f, p->width, p->height, 3, p->rgb, 3 * p->width) || ferror(f);
-    bad |= fclose(f) != 0;
+    snprintf(temp, size, "%s.%ld", path, (long)getpid());
+    FILE *f = fopen(temp, "wb");
+    int bad = !f;
+    if (f) {
+        bad |= !stbi_write_png_to_func(picture__write, f, p->width, p->height, 3, p->rgb, 3 * p->width) || ferror(f);
+        bad |= fclose(f) != 0;
+        bad |= !bad && rename(temp, path) != 0;
+    }
+    if (bad) {
+        int error = errno;
+        remove(temp);
+        errno = error;
+    }
+    free(temp);
     return bad ? -1 : 0;
 }
 #endif

@@ -500,13 +500,9 @@ static int draw_chart(const study *s) {
         draw_key(&c.p, c.x + c.w + 20, y, methods[m].colour, methods[m].plot);
         y += 2 * LINE * c.p.text;
     }
-    char temp[PATH_MAX];
-    snprintf(temp, sizeof temp, "%.*s.%ld", PATH_MAX - 32, s->o.png, (long)getpid());
-    int bad = picture_write(&c.p, temp) != 0 || rename(temp, s->o.png) != 0;
-    if (bad)
-        remove(temp);
+    int bad = picture_write(&c.p, s->o.png) != 0;
     free(c.p.rgb);
-    return bad ? fail(&s->o, "%s: cannot write the picture", s->o.png) : 0;
+    return bad ? fail(&s->o, "%s: cannot write the picture: %s", s->o.png, strerror(errno)) : 0;
 }
 
 /* ---- main ------------------------------------------------------------------------------------------------------- */
