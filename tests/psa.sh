@@ -373,6 +373,7 @@ check "compare" prints "relative error  *0\.[0-9]" psa attend $d64 $some --out "
 check "compare: dense with dense" prints "relative error  *0  *L2" psa attend $d64 --mask dense --out "$tmp/out.npy" \
     --compare
 check "info" prints "^psa [0-9]" psa info
+check "info: the recipe" prints "^  recipe .* error *tree *density 0.15$" psa info
 check "help" prints "psa attend" psa help
 for command in attend score mask order bench; do
     check "$command --help" prints "^psa $command" psa $command --help

@@ -441,6 +441,10 @@ static void option_defaults(options *o) {
     o->clusters = 64;
 }
 
+static int preset_order(const psa_preset *p, const psa_desc *d) {
+    return d->tree ? (int)ORDER_TREE : (int)p->order;
+}
+
 /* *o is zero but for words. The preset is applied first wherever it stands, so that every other option overrides it. */
 static int parse_options(options *o, const syntax *s, int argc, char **argv) {
     o->syntax = s;
@@ -451,7 +455,7 @@ static int parse_options(options *o, const syntax *s, int argc, char **argv) {
     if (o->preset >= 0) {
         const char *preset = psa_preset_name(o->preset);
         psa_desc_preset(preset, &o->desc);
-        o->order = o->desc.tree ? (int)ORDER_TREE : (int)psa_preset_find(preset)->order;
+        o->order = preset_order(psa_preset_find(preset), &o->desc);
         parse_arguments(o, argc, argv);
     }
     o->desc.tree = o->order == ORDER_TREE ? PSA_TREE_QKV : o->order == ORDER_TREE_KV ? PSA_TREE_KV : PSA_TREE_NONE;

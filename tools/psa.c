@@ -862,8 +862,10 @@ static void print_preset(const char *name) {
     snprintf(blocks, sizeof blocks, "%d/%d", d.block_q ? d.block_q : 128, d.block_k ? d.block_k : 64);
     for (int i = 0; i < PSA_MAX_LEVELS && d.level_end[i] > 0; i++)
         snprintf(levels + strlen(levels), sizeof levels - strlen(levels), " %.2g", d.level_end[i]);
-    printf("  %-20s %-9s %-8s %-9s %-8s%s%s\n", name, blocks, warmup, mask_name((int)d.mask), order_name((int)p->order),
-           levels, d.causal ? "  causal" : "");
+    if (d.mask == PSA_MASK_ERROR)
+        snprintf(levels, sizeof levels, " density %.2g", d.density > 0 ? d.density : 0.15);
+    printf("  %-20s %-9s %-8s %-9s %-8s%s%s\n", name, blocks, warmup, mask_name((int)d.mask),
+           order_name(preset_order(p, &d)), levels, d.causal ? "  causal" : "");
 }
 
 static void print_gpu(void) {
