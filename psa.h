@@ -506,11 +506,11 @@ typedef struct psa_extra {
  * computed, however short the sequence. A dense call with one query block per head and many keys (decoding) takes the
  * keys in parts, so that all threads have work, and merges.
  *
- * Memory comes through alloc_fn after all arguments have been checked and goes back before the return: the workspace,
- * and a level map unless the caller gives one or the plan is dense; or, for keys in parts, one block. Calls with the
- * same desc, shapes and strides ask for the same sizes in the same order, so alloc_fn may hand out the blocks of the
- * last call again. That pays: pages that malloc gets from the system are mapped one by one as they are first written.
- * Where that or making a plan for each call is too much, keep a psa_plan and a workspace and call the stages. */
+ * Memory comes through alloc_fn in one block, after all arguments have been checked, and goes back before the return:
+ * the workspace, and the maps that are needed and not given. Calls with the same desc, shapes and strides ask for the
+ * same size, so alloc_fn may hand out the block of the last call again. That pays: pages that malloc gets from the
+ * system are mapped one by one as they are first written. Where that or making a plan for each call is too much, keep a
+ * psa_plan and a workspace and call the stages. */
 PSA_API psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
                                  const psa_tensor *out, psa_extra *extra);
 
@@ -4071,6 +4071,12 @@ static const uint16_t *psa__steps_of(const psa_plan *p, const float *scores, con
     return w->steps;
 }
 
+/* Are levels chosen by a common price? */
+static int psa__priced(const psa_plan *p)
+{
+    return p->desc.mask != PSA_MASK_DENSE && (p->desc.density > 0 || p->desc.mask == PSA_MASK_ERROR);
+}
+
 PSA__DEF psa_result psa_budget(const psa_plan *plan, const float *scores, void *work, int ith, int nth)
 {
     psa_plan plan_here;
@@ -4158,7 +4164,7 @@ PSA__DEF psa_result psa_mask(const psa_plan *plan, const float *scores, void *wo
         return psa__fail(&p->desc, PSA_ERR_NULL, "scores and levels must not be NULL");
     }
     w = psa__scratch_of(p, work, ith);
-    priced = p->desc.mask != PSA_MASK_DENSE && (p->desc.density > 0 || p->desc.mask == PSA_MASK_ERROR);
+    priced = psa__priced(p);
     psa__share(p->B * p->Hq * p->nq, ith, nth, &begin, &end);
     for (int64_t row = begin; row < end; row++) {
         int64_t iq = row % p->nq, head = row / p->nq;
@@ -5126,42 +5132,95 @@ static void psa__split_merge(void *ctx, int ith, int nth)
     }
 }
 
-/* A dense call in parts. What was done is added to *mul_adds. */
-static psa_result psa__call_split(const psa__call *c, int64_t parts, const psa_desc *desc, psa_alloc_fn *alloc_fn,
-                                  psa_free_fn *free_fn, int64_t *mul_adds)
+/* ---- memory ---- */
+
+/* A block that psa__align makes `size` bytes, in *memory. */
+static psa_result psa__call_alloc(const psa_desc *d, size_t size, void **memory)
 {
+    size = psa__add(size, 63);
+    *memory = size > SIZE_MAX / 2 ? NULL : d->alloc_fn ? d->alloc_fn(d->alloc_user, size) : malloc(size);
+    if (*memory) return PSA_OK;
+    return psa__fail(d, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace", (unsigned long long)size);
+}
+
+static void psa__call_free(const psa_desc *d, void *memory)
+{
+    if (d->free_fn) {
+        d->free_fn(d->alloc_user, memory);
+    } else {
+        free(memory);
+    }
+}
+
+/* ---- the call ---- */
+
+/* A dense call in parts. stats may be NULL. */
+static psa_result psa__call_split(const psa__call *c, int64_t parts, psa_stats *stats)
+{
+    const psa_desc *desc = &c->plan->desc;
     psa__split s;
-    size_t size;
     void *memory;
     psa_result r = psa__split_init(&s, c, parts);
     if (r != PSA_OK) return r;
-    size = psa__add(psa__mul(s.size, (size_t)parts), 63);
-    memory = size < SIZE_MAX / 2 ? alloc_fn(desc->alloc_user, size) : NULL;
-    if (!memory) {
-        return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace", (unsigned long long)size);
-    }
+    if ((r = psa__call_alloc(desc, psa__mul(s.size, (size_t)parts), &memory)) != PSA_OK) return r;
     s.memory = psa__align(memory);
     psa__parallel(c->plan, psa__split_attend, &s);
     psa__parallel(c->plan, psa__split_merge, &s);
-    for (int64_t part = 0; part < parts; part++) {
-        *mul_adds += psa_mul_adds(&s.plan[part == parts - 1], s.memory + (size_t)part * s.size + s.at_work);
+    if (stats) {
+        psa_stats_from_levels(c->plan, NULL, -1, -1, stats);
+        stats->mul_adds = 0;
+        for (int64_t part = 0; part < parts; part++) {
+            stats->mul_adds += psa_mul_adds(&s.plan[part == parts - 1], s.memory + (size_t)part * s.size + s.at_work);
+        }
     }
-    free_fn(desc->alloc_user, memory);
+    psa__call_free(desc, memory);
     return PSA_OK;
 }
 
-/* ---- memory ---- */
-
-static void *psa__default_alloc(void *user, size_t size)
+/* Everything before attend. given: the map is the caller's. */
+static void psa__call_map(psa__call *c, int given)
 {
-    (void)user;
-    return malloc(size);
+    const psa_plan *p = c->plan;
+    if (p->desc.mask == PSA_MASK_DENSE) {
+        if (c->levels && !given) psa_mask(p, NULL, c->work, c->levels, 0, 1);
+        return;
+    }
+    if (p->desc.tree || psa__weighted(p)) psa__parallel(p, psa__call_prepare, c);
+    psa__parallel(p, psa__call_pool, c);
+    if (given) return;
+    if (psa__priced(p)) {
+        psa__parallel(p, psa__call_score, c);
+        psa__parallel(p, psa__call_budget, c);
+        psa__parallel(p, psa__call_mask, c);
+    } else {
+        psa__parallel(p, psa__call_levels, c);
+    }
 }
 
-static void psa__default_free(void *user, void *ptr)
+/* A call in one part, with the maps that the caller does not give: of scores only where a density is to be met. */
+static psa_result psa__call_whole(psa__call *c, int given, psa_stats *stats)
 {
-    (void)user;
-    free(ptr);
+    const psa_plan *p = c->plan;
+    int no_levels = p->desc.mask != PSA_MASK_DENSE && !c->levels;
+    int no_scores = p->desc.mask != PSA_MASK_ERROR && psa__priced(p) && !given && !c->scores;
+    size_t size = 0, map = psa_map_size(p), at_levels, at_scores;
+    void *memory;
+    psa_result r;
+    psa__take(&size, p->work_size, 1);
+    at_levels = psa__take(&size, no_levels ? map : 0, 1);
+    at_scores = psa__take(&size, no_scores ? map : 0, sizeof(float));
+    if ((r = psa__call_alloc(&p->desc, size, &memory)) != PSA_OK) return r;
+    c->work = psa__align(memory);
+    if (no_levels) c->levels = (uint8_t *)c->work + at_levels;
+    if (no_scores) c->scores = (float *)(void *)((char *)c->work + at_scores);
+    psa__call_map(c, given);
+    psa__parallel(p, psa__call_attend, c);
+    if (stats) {
+        psa_stats_from_levels(p, c->levels, -1, -1, stats);
+        stats->mul_adds = psa_mul_adds(p, c->work);
+    }
+    psa__call_free(&p->desc, memory);
+    return PSA_OK;
 }
 
 /* The caller's own map, before anything is computed from it. */
@@ -5174,19 +5233,15 @@ static psa_result psa__check_levels(const psa_plan *p, const uint8_t *levels)
 PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, const psa_tensor *k, const psa_tensor *v,
                                   const psa_tensor *out, psa_extra *extra)
 {
-    psa_alloc_fn *alloc_fn = desc && desc->alloc_fn ? desc->alloc_fn : psa__default_alloc;
-    psa_free_fn *free_fn = desc && desc->alloc_fn ? desc->free_fn : psa__default_free;
-    uint8_t *own_levels = NULL;
-    float *own_scores = NULL;
     psa__call c;
     psa_plan plan;
     psa_result r;
-    int64_t parts, mul_adds = 0;
-    int dense, budget, given;
+    psa_stats *stats = extra ? &extra->stats : NULL;
+    int64_t parts;
+    int given = extra && extra->levels_given;
     if (!v || !out) return psa__fail(desc, PSA_ERR_NULL, "v and out must not be NULL");
     if ((r = psa_plan_init(&plan, desc, q, k, v, out)) != PSA_OK) return r;
     if (!q->data || !k->data || !v->data || !out->data) return psa__fail(desc, PSA_ERR_NULL, "a tensor has no data");
-    dense = plan.desc.mask == PSA_MASK_DENSE;
     memset(&c, 0, sizeof c);
     c.plan = &plan;
     c.q = q->data;
@@ -5197,49 +5252,11 @@ PSA__DEF psa_result psa_attention(const psa_desc *desc, const psa_tensor *q, con
         c.lse = extra->lse;
         c.scores = extra->scores;
         c.levels = extra->levels;
-        if (extra->levels_given && !c.levels) return psa__fail(desc, PSA_ERR_NULL, "levels_given without levels");
-        if (extra->levels_given && (r = psa__check_levels(&plan, c.levels)) != PSA_OK) return r;
     }
-    if (!c.levels && (parts = psa__key_parts(&plan)) > 1) {
-        if ((r = psa__call_split(&c, parts, desc, alloc_fn, free_fn, &mul_adds)) != PSA_OK || !extra) return r;
-        psa_stats_from_levels(&plan, NULL, -1, -1, &extra->stats);
-        extra->stats.mul_adds = mul_adds;
-        return PSA_OK;
-    }
-    budget = !dense && (plan.desc.density > 0 || plan.desc.mask == PSA_MASK_ERROR);
-    given = extra && extra->levels_given;
-    c.work = alloc_fn(desc->alloc_user, plan.work_size);
-    if (c.work && !c.levels && !dense) {
-        c.levels = own_levels = (uint8_t *)alloc_fn(desc->alloc_user, psa_map_size(&plan));
-    }
-    if (c.work && !c.scores && budget && !given && plan.desc.mask != PSA_MASK_ERROR) {
-        c.scores = own_scores = (float *)alloc_fn(desc->alloc_user, psa_map_size(&plan) * sizeof(float));
-    }
-    if (!c.work || (!c.levels && !dense) || (!c.scores && budget && !given && plan.desc.mask != PSA_MASK_ERROR)) {
-        if (own_scores) free_fn(desc->alloc_user, own_scores);
-        if (own_levels) free_fn(desc->alloc_user, own_levels);
-        if (c.work) free_fn(desc->alloc_user, c.work);
-        return psa__fail(desc, PSA_ERR_MEMORY, "no memory for %llu bytes of workspace",
-                         (unsigned long long)plan.work_size);
-    }
-    if (!dense && (plan.desc.tree || psa__weighted(&plan))) psa__parallel(&plan, psa__call_prepare, &c);
-    if (!dense) psa__parallel(&plan, psa__call_pool, &c);
-    if (!dense && !given && !budget) psa__parallel(&plan, psa__call_levels, &c);
-    if (budget && !given) {
-        psa__parallel(&plan, psa__call_score, &c);
-        psa__parallel(&plan, psa__call_budget, &c);
-        psa__parallel(&plan, psa__call_mask, &c);
-    }
-    if (dense && c.levels && !given) psa_mask(&plan, NULL, c.work, c.levels, 0, 1);
-    psa__parallel(&plan, psa__call_attend, &c);
-    if (extra) {
-        psa_stats_from_levels(&plan, c.levels, -1, -1, &extra->stats);
-        extra->stats.mul_adds = psa_mul_adds(&plan, c.work);
-    }
-    if (own_scores) free_fn(desc->alloc_user, own_scores);
-    if (own_levels) free_fn(desc->alloc_user, own_levels);
-    free_fn(desc->alloc_user, c.work);
-    return PSA_OK;
+    if (given && !c.levels) return psa__fail(desc, PSA_ERR_NULL, "levels_given without levels");
+    if (given && (r = psa__check_levels(&plan, c.levels)) != PSA_OK) return r;
+    parts = c.levels ? 1 : psa__key_parts(&plan);
+    return parts > 1 ? psa__call_split(&c, parts, stats) : psa__call_whole(&c, given, stats);
 }
 
 /* ================================================================================================================= */
