@@ -35,4 +35,13 @@ static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int select) {
     return _mm512_loadu_ps(to);
 }
 
+/* Lane i of each quarter is the lane of a that two bits of select name. */
+static inline __m512 _mm512_permute_ps(__m512 a, int select) {
+    float from[16], to[16];
+    _mm512_storeu_ps(from, a);
+    for (int i = 0; i < 16; i++)
+        to[i] = from[i / 4 * 4 + (select >> 2 * (i % 4) & 3)];
+    return _mm512_loadu_ps(to);
+}
+
 #endif
