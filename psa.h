@@ -137,8 +137,9 @@
  * MEMORY
  *
  *     Only psa_attention allocates: the workspace and a level map, or one piece if it splits the keys; freed before it
- *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in f32 (less than one f32 copy
- *     of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block) floats.
+ *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in their own type (less than a
+ *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block)
+ *     floats.
  *     Linear in N for each of them but the maps, which have nq * nk entries. A tree takes 4 bytes a token and head, and
  *     9 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB a head.
  *
@@ -392,7 +393,7 @@ typedef struct psa_plan {
     size_t work_size;                  /* bytes of workspace; the offsets below are into it, 64-byte aligned */
     size_t at_order_q, at_order_k;     /* i32 [B][Hq][Nq], [B][Hkv][Nk]: orders of the trees */
     size_t at_query;                   /* f32 [B][Hkv][2][D]: mean and variance of a KV head's queries */
-    size_t at_pooled_k, at_pooled_v;   /* f32 [B][Hkv][pooled_rows][D], [Dv] */
+    size_t at_pooled_k, at_pooled_v;   /* of K's type: [B][Hkv][pooled_rows][D], [Dv] */
     size_t at_bias;                    /* f32 [B][Hkv][pooled_rows]: added to the logit, in units of log2 */
     size_t at_cap;                     /* u8  [B][Hkv][nk]: coarsest level the similarity cap allows */
     size_t at_spread;                  /* f32 [B][Hkv][nk][psa__spread_size]: what mask ERROR knows of a KV block */
@@ -861,9 +862,15 @@ static void psa__from_f32(void *dst, psa_type type, const float *src, int64_t n)
 /* >>dispatch                                                                                                        */
 /* ================================================================================================================= */
 
+/* n rows that are read next, `bytes` of each: they are prefetched into the second-level cache under the arithmetic. */
+typedef struct psa__ahead {
+    const float *const *rows;
+    int64_t n;
+    size_t bytes;
+} psa__ahead;
+
 /* Few queries against a tile of n keys; K and V rows are of any type. `width` queries, a power of two up to the lanes.
- * Keys with first[key] > query are hidden; bias and first may be NULL. The next tile's keys,
- * `ahead` bytes after these, are prefetched. */
+ * Keys with first[key] > query are hidden; bias and first may be NULL. */
 typedef struct psa__few {
     psa_type type;
     int width;
@@ -871,8 +878,8 @@ typedef struct psa__few {
     const float *const *k, *const *v; /* n rows, padded with valid pointers to a multiple of PSA__PAD_K */
     const float *bias;          /* padded as k */
     const int32_t *first;
+    const float *const *next_k; /* n rows of the next tile, which are prefetched */
     int64_t n, d, dv;
-    size_t ahead;
     float *s;                   /* [keys][width], with room for the padding */
     float *m, *l, *o;           /* [width], [width], [width][dv]: brought up to date as by softmax and pv */
     int weights_only;           /* o is left to the caller */
@@ -897,9 +904,9 @@ typedef struct psa__leaves {
     int lanes;  /* queries in a vector */
     int max_nv; /* vectors in a query tile */
 
-    /* f32 from and to any type */
+    /* f32 from and to any type: dst = src; dst = factor * src */
     void (*to_f32)(float *dst, const void *src, psa_type type, int64_t n);
-    void (*from_f32)(void *dst, psa_type type, const float *src, int64_t n);
+    void (*from_f32)(void *dst, psa_type type, const float *src, float factor, int64_t n);
 
     /* pooling: dst = a + b; x *= factor; a.b; dst = wa * a + wb * b; sum of m * (a - b)^2 */
     void (*sum)(float *dst, const float *a, const float *b, int64_t n);
@@ -919,15 +926,17 @@ typedef struct psa__leaves {
     void (*pack)(int nv, float *qt, const float *rows, int64_t d, float scale);
     void (*unpack)(int nv, float *rows, const float *ot, int64_t dv, const float *scale);
 
-    /* s = K Q^T + bias, top[nv * lanes] = its maxima over the keys. bias (padded as k) may be NULL: 0. */
+    /* s = K Q^T + bias, top[nv * lanes] = its maxima over the keys. bias (padded as k) may be NULL: 0. Here and in pv
+     * ahead may be NULL. */
     void (*qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d, const float *bias, float *s,
-               float *top);
+               float *top, const psa__ahead *ahead);
     /* Keys are hidden from lanes below first[key]: their logits become -inf, top the maxima of what is left. */
     void (*hide)(int nv, float *s, int64_t n, const int32_t *first, float *top);
     /* Online softmax, base 2: s becomes exp2(s - m); m, l[nv * lanes] and ot are brought up to date. */
     void (*softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot, int64_t dv);
     /* ot += V^T s */
-    void (*pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot);
+    void (*pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot,
+               const psa__ahead *ahead);
     /* All of that for no more queries than a vector has lanes; lanes are elements of the head. */
     void (*few)(const psa__few *x);
 
@@ -1028,6 +1037,11 @@ PSA__ALWAYS_INLINE float PSA__(sums)(float *r) { return r[0]; } /* lane i: the s
 
 PSA__ALWAYS_INLINE float PSA__(load_as)(psa_type type, const void *p, int64_t i) { return psa__element(type, p, i); }
 
+PSA__ALWAYS_INLINE void PSA__(store_as)(psa_type type, void *p, int64_t i, float x)
+{
+    psa__from_f32((char *)p + i * (type == PSA_F32 ? 4 : 2), type, &x, 1);
+}
+
 static unsigned PSA__(denormals_off)(void) { return 0; }
 static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
 
@@ -1120,6 +1134,27 @@ PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(load_as)(psa_type type, const void *
     if (type == PSA_F16) return _mm256_cvtph_ps(_mm_loadu_si128(half));
     if (type == PSA_F32) return _mm256_loadu_ps((const float *)p + i);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(half)), 16));
+}
+
+/* To bf16, in the upper halves: nearest even; NaN keeps the top of its payload and is made quiet. */
+PSA__ALWAYS_INLINE PSA__TARGET __m256i PSA__(round_bf16)(__m256 x)
+{
+    const __m256i quiet = _mm256_set1_epi32(0x400000), half = _mm256_set1_epi32(0x7fff);
+    __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256 nan = _mm256_castsi256_ps(_mm256_or_si256(u, quiet));
+    __m256 number = _mm256_castsi256_ps(_mm256_add_epi32(u, _mm256_add_epi32(half, odd)));
+    return _mm256_castps_si256(_mm256_blendv_ps(number, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_as)(psa_type type, void *p, int64_t i, __m256 x)
+{
+    __m128i *half = (__m128i *)(void *)((char *)p + 2 * i);
+    __m256i u;
+    if (type == PSA_F32) _mm256_storeu_ps((float *)p + i, x);
+    if (type == PSA_F16) _mm_storeu_si128(half, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    if (type != PSA_BF16) return;
+    u = _mm256_srli_epi32(PSA__(round_bf16)(x), 16);
+    _mm_storeu_si128(half, _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
 }
 
 static PSA__TARGET unsigned PSA__(denormals_off)(void)
@@ -1234,7 +1269,17 @@ PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load_as)(psa_type type, const void *
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(half)), 16));
 }
 
-/* The same for 16 lanes or for 8 and zeros */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_as)(psa_type type, void *p, int64_t i, __m512 x)
+{
+    if (type == PSA_F32) {
+        _mm512_storeu_ps((float *)p + i, x);
+        return;
+    }
+    psa__avx2_store_as(type, p, i, _mm512_castps512_ps256(x));
+    psa__avx2_store_as(type, p, i + 8, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+}
+
+/* Elements of a row, 16 or 8 and zeros */
 PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load_lanes)(int lanes, psa_type type, const void *p, int64_t i)
 {
     __m256d half;
@@ -1325,6 +1370,16 @@ PSA__ALWAYS_INLINE float32x4_t PSA__(load_as)(psa_type type, const void *p, int6
     return type == PSA_F16 ? vcvt_f32_f16(vreinterpret_f16_u16(half)) : vreinterpretq_f32_u32(vshll_n_u16(half, 16));
 }
 
+PSA__ALWAYS_INLINE void PSA__(store_as)(psa_type type, void *p, int64_t i, float32x4_t x)
+{
+    uint32x4_t u = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    uint32x4_t number = vaddq_u32(u, vaddq_u32(vdupq_n_u32(0x7fff), odd)), nan = vorrq_u32(u, vdupq_n_u32(0x400000));
+    uint16x4_t half = vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), number, nan), 16); /* bf16 */
+    if (type == PSA_F16) half = vreinterpret_u16_f16(vcvt_f16_f32(x));
+    if (type == PSA_F32) vst1q_f32((float *)p + i, x);
+    else memcpy((char *)p + 2 * i, &half, sizeof half);
+}
+
 #ifdef _MSC_VER
 static unsigned PSA__(denormals_off)(void) { return 0; }
 static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
@@ -1356,6 +1411,32 @@ static PSA__TARGET void PSA__(to_f32)(float *dst, const void *src, psa_type type
     if (type == PSA_F16) PSA__(widen)(dst, src, PSA_F16, n);
     else if (type == PSA_BF16) PSA__(widen)(dst, src, PSA_BF16, n);
     else memcpy(dst, src, (size_t)n * sizeof *dst);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(narrow)(void *dst, psa_type type, const float *src, float factor, int64_t n)
+{
+    const PSA__V by = PSA__(splat)(factor);
+    int64_t i = 0;
+    for (; i + PSA__W <= n; i += PSA__W) PSA__(store_as)(type, dst, i, PSA__(mul)(PSA__(load)(src + i), by));
+    for (; i < n; i++) {
+        float x = src[i] * factor;
+        psa__from_f32((char *)dst + i * (type == PSA_F32 ? 4 : 2), type, &x, 1);
+    }
+}
+
+static PSA__TARGET void PSA__(from_f32)(void *dst, psa_type type, const float *src, float factor, int64_t n)
+{
+    if (type == PSA_F16) PSA__(narrow)(dst, PSA_F16, src, factor, n);
+    else if (type == PSA_BF16) PSA__(narrow)(dst, PSA_BF16, src, factor, n);
+    else PSA__(narrow)(dst, PSA_F32, src, factor, n);
+}
+
+/* Rows begin .. end-1 of those ahead */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(prefetch)(const psa__ahead *ahead, int64_t begin, int64_t end)
+{
+    for (int64_t i = begin; i < end && i < ahead->n; i++) {
+        for (size_t at = 0; at < ahead->bytes; at += 64) PSA__PREFETCH((const char *)(const void *)ahead->rows[i] + at);
+    }
 }
 
 static PSA__TARGET void PSA__(sum)(float *dst, const float *a, const float *b, int64_t n)
@@ -1474,13 +1555,15 @@ static PSA__TARGET void PSA__(unpack)(int nv, float *rows, const float *ot, int6
 
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float *PSA__RESTRICT qt,
                                                    const float *const *k, int64_t n, int64_t d, const float *bias,
-                                                   float *PSA__RESTRICT s, float *PSA__RESTRICT top)
+                                                   float *PSA__RESTRICT s, float *PSA__RESTRICT top,
+                                                   const psa__ahead *ahead)
 {
     PSA__V most[PSA__NV];
     PSA__UNROLL for (int j = 0; j < nv; j++) most[j] = PSA__(splat)(-INFINITY);
     for (int64_t key = 0; key < n; key += rows) {
         PSA__V acc[8][PSA__NV];
         const float *row[8];
+        if (ahead) PSA__(prefetch)(ahead, key * ahead->n / n, (key + rows) * ahead->n / n);
         PSA__UNROLL for (int i = 0; i < rows; i++) {
             row[i] = k[key + i];
             PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(splat)(bias ? bias[key + i] : 0.0f);
@@ -1509,11 +1592,12 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float
 
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float *PSA__RESTRICT s,
                                                    const float *const *v, int64_t n, int64_t dv,
-                                                   float *PSA__RESTRICT ot)
+                                                   float *PSA__RESTRICT ot, const psa__ahead *ahead)
 {
     for (int64_t x = 0; x < dv; x += rows) {
         PSA__V acc[8][PSA__NV];
         float *o = ot + x * nv * PSA__W;
+        if (ahead) PSA__(prefetch)(ahead, x * ahead->n / dv, (x + rows) * ahead->n / dv);
         PSA__UNROLL for (int i = 0; i < rows; i++) {
             PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(load)(o + (i * nv + j) * PSA__W);
         }
@@ -1537,23 +1621,24 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float
 }
 
 static PSA__TARGET void PSA__(qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d,
-                                  const float *bias, float *s, float *top)
+                                  const float *bias, float *s, float *top, const psa__ahead *ahead)
 {
     switch (nv) {
-    case 1: PSA__(qk_tile)(1, PSA__ROWS(1), qt, k, n, d, bias, s, top); break;
-    case 2: PSA__(qk_tile)(2, PSA__ROWS(2), qt, k, n, d, bias, s, top); break;
-    case 3: PSA__(qk_tile)(3, PSA__ROWS(3), qt, k, n, d, bias, s, top); break;
-    default: PSA__(qk_tile)(PSA__NV, PSA__ROWS(PSA__NV), qt, k, n, d, bias, s, top); break;
+    case 1: PSA__(qk_tile)(1, PSA__ROWS(1), qt, k, n, d, bias, s, top, ahead); break;
+    case 2: PSA__(qk_tile)(2, PSA__ROWS(2), qt, k, n, d, bias, s, top, ahead); break;
+    case 3: PSA__(qk_tile)(3, PSA__ROWS(3), qt, k, n, d, bias, s, top, ahead); break;
+    default: PSA__(qk_tile)(PSA__NV, PSA__ROWS(PSA__NV), qt, k, n, d, bias, s, top, ahead); break;
     }
 }
 
-static PSA__TARGET void PSA__(pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot)
+static PSA__TARGET void PSA__(pv)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot,
+                                  const psa__ahead *ahead)
 {
     switch (nv) {
-    case 1: PSA__(pv_tile)(1, PSA__ROWS(1), s, v, n, dv, ot); break;
-    case 2: PSA__(pv_tile)(2, PSA__ROWS(2), s, v, n, dv, ot); break;
-    case 3: PSA__(pv_tile)(3, PSA__ROWS(3), s, v, n, dv, ot); break;
-    default: PSA__(pv_tile)(PSA__NV, PSA__ROWS(PSA__NV), s, v, n, dv, ot); break;
+    case 1: PSA__(pv_tile)(1, PSA__ROWS(1), s, v, n, dv, ot, ahead); break;
+    case 2: PSA__(pv_tile)(2, PSA__ROWS(2), s, v, n, dv, ot, ahead); break;
+    case 3: PSA__(pv_tile)(3, PSA__ROWS(3), s, v, n, dv, ot, ahead); break;
+    default: PSA__(pv_tile)(PSA__NV, PSA__ROWS(PSA__NV), s, v, n, dv, ot, ahead); break;
     }
 }
 
@@ -1720,11 +1805,11 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_pv)(psa_type type, int n, int cols
     }
     for (int64_t key = 0; key < x->n; key++, p += n) {
         const char *v = (const char *)(const void *)x->v[key] + at * size;
-        uintptr_t next = (uintptr_t)x->k[key] + x->ahead + (uintptr_t)(at * size);
+        const char *next = (const char *)(const void *)x->next_k[key] + at * size;
         PSA__V vx[8];
         PSA__UNROLL for (int c = 0; c < cols; c++) {
             vx[c] = PSA__(load_lanes)(lanes, type, v, c * PSA__W);
-            PSA__PREFETCH((const char *)(next + (uintptr_t)(c * PSA__W * size)));
+            PSA__PREFETCH(next + c * PSA__W * size);
         }
         PSA__UNROLL for (int i = 0; i < n; i++) {
             const PSA__V pi = PSA__(splat)(p[i]);
@@ -2085,7 +2170,7 @@ static const psa__leaves PSA__(leaves) = {
 #else
     "neon",
 #endif
-    PSA__W, PSA__NV, PSA__(to_f32), psa__from_f32, PSA__(sum), PSA__(scale), PSA__(dot), PSA__(blend), PSA__(spread),
+    PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(dot), PSA__(blend), PSA__(spread),
     PSA__(moments), PSA__(project), PSA__(combine), PSA__(smallest), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide),
     PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max), PSA__(row_mass), PSA__(block_error), PSA__(row_error),
     PSA__(denormals_off), PSA__(denormals_restore)};
@@ -2596,9 +2681,9 @@ typedef struct psa__scratch {
     float *ot;           /* output tiles, [Dv][lanes] each */
     float *rows;         /* query rows before packing, output rows after unpacking */
     float *k, *v;        /* converted rows */
-    const float **kp, **vp; /* row pointers of a tile */
-    float *bias;         /* per key of a tile */
-    int32_t *first;      /* per key of a tile: first lane that sees it */
+    const float **kp, **vp; /* row pointers of two tiles, or of a block */
+    float *bias;         /* per key of them */
+    int32_t *first;      /* per key of them: first lane that sees it */
 
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
@@ -2627,7 +2712,7 @@ typedef struct psa__scratch {
 static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w)
 {
     size_t at = 0, f = sizeof(float), lanes = (size_t)psa__pad_lanes(p->desc.block_q), nk = (size_t)p->nk;
-    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = PSA_MAX_BLOCK_K + PSA__PAD_K;
+    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = 2 * (PSA__TILE_K + PSA__PAD_K); /* or a block */
     int scored = p->desc.mask != PSA_MASK_DENSE, groups = scored && p->desc.score == PSA_SCORE_ANTIDIAGONAL;
     size_t score_lanes = (size_t)psa__score_lanes(p), pairs = scored ? psa__mul(nk, score_lanes) : 0;
     size_t query = groups ? score_lanes * (size_t)p->desc.stride * d : 0; /* a lane is a whole group */
@@ -2719,8 +2804,8 @@ static psa_result psa__plan_work(psa_plan *p)
     p->at_order_q = psa__take(&at, tree == PSA_TREE_QKV ? psa__mul(heads_q, (size_t)p->Nq) : 0, sizeof(int32_t));
     p->at_order_k = psa__take(&at, tree ? psa__mul(heads, (size_t)p->Nk) : 0, sizeof(int32_t));
     p->at_query = psa__take(&at, psa__weighted(p) ? psa__mul(heads, 2 * (size_t)p->D) : 0, sizeof(float));
-    p->at_pooled_k = psa__take(&at, psa__mul(pooled, (size_t)p->D), sizeof(float));
-    p->at_pooled_v = psa__take(&at, psa__mul(pooled, (size_t)p->Dv), sizeof(float));
+    p->at_pooled_k = psa__take(&at, psa__mul(pooled, (size_t)p->D), psa_type_size(p->k.type));
+    p->at_pooled_v = psa__take(&at, psa__mul(pooled, (size_t)p->Dv), psa_type_size(p->k.type));
     p->at_bias = psa__take(&at, pooled, sizeof(float));
     p->at_cap = psa__take(&at, d->n_sim_min ? psa__mul(heads, (size_t)p->nk) : 0, 1);
     p->at_spread = psa__take(&at, errors ? psa__mul(heads, (size_t)(p->nk * psa__spread_size(p))) : 0, sizeof(float));
@@ -2834,6 +2919,12 @@ static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const c
     if (t->type == PSA_F32 && (uintptr_t)row % sizeof(float) == 0) return (const float *)(const void *)row;
     p->leaves->to_f32(space, row, t->type, t->ne[0]);
     return space;
+}
+
+/* Whether every row of f32 begins at a multiple of 4 bytes. */
+static int psa__is_aligned(const psa_tensor *t, const void *data)
+{
+    return ((uintptr_t)data | t->nb[1] | t->nb[2] | t->nb[3]) % sizeof(float) == 0;
 }
 
 /* The rows at positions begin .. begin+n-1 of a head of K or V as f32 pointers: rows[n], space[n][width]. space NULL:
@@ -3103,7 +3194,7 @@ static void psa__tree_map(psa__tree *t, int64_t n)
     for (int64_t i = 0; i < n; i += lanes) { /* w->node has room for whole tiles */
         f->pack(nv, w->qt, w->node + i * d, d, 1.0f);
         memset(w->ot, 0, (size_t)(lanes * d) * sizeof(float));
-        f->pv(nv, w->qt, w->root_row, d, d, w->ot);
+        f->pv(nv, w->qt, w->root_row, d, d, w->ot, NULL);
         f->unpack(nv, w->node + i * d, w->ot, d, one);
     }
 }
@@ -3232,26 +3323,33 @@ static int64_t psa__pooled_row(const psa_plan *p, int64_t b, int64_t hkv, int64_
     return (b * p->Hkv + hkv) * p->pooled_rows + p->level_row[i] + jk * (p->desc.block_k >> i);
 }
 
-/* Means of one block of K or V (rows[n] of width d) at every level: sums of pairs of sums first, divided at the end. */
-static void psa__pool_block(const psa_plan *p, const float *const *rows, int64_t d, float *pooled, int64_t b,
-                            int64_t hkv, int64_t jk)
+/* Bytes of n pooled rows of width d: they have the type of K and V. */
+static size_t psa__pooled_bytes(const psa_plan *p, int64_t n, int64_t d)
+{
+    return (size_t)(n * d) * psa_type_size(p->k.type);
+}
+
+/* Means of one block of K or V (rows[n] of width d) at every level, from sums of pairs of sums: sum[n][d], which may
+ * hold the rows themselves. */
+static void psa__pool_block(const psa_plan *p, const float *const *rows, int64_t d, char *pooled, int64_t b,
+                            int64_t hkv, int64_t jk, float *sum)
 {
     const psa__leaves *f = p->leaves;
+    float ragged[PSA_MAX_D]; /* the mean of a group whose count has no exact reciprocal */
     for (int i = 1; i < p->n_levels; i++) {
         int64_t n = psa__level_rows(p, jk, i), finer = psa__level_rows(p, jk, i - 1);
-        float *to = pooled + psa__pooled_row(p, b, hkv, jk, i) * d;
-        const float *from = i > 1 ? pooled + psa__pooled_row(p, b, hkv, jk, i - 1) * d : NULL;
+        char *to = pooled + psa__pooled_bytes(p, psa__pooled_row(p, b, hkv, jk, i), d);
         for (int64_t t = 0; t < n; t++) {
-            const float *x = from ? from + 2 * t * d : rows[2 * t];
-            const float *y = 2 * t + 1 == finer ? NULL : from ? from + (2 * t + 1) * d : rows[2 * t + 1];
-            if (y) f->sum(to + t * d, x, y, d);
-            else memcpy(to + t * d, x, (size_t)d * sizeof(float));
+            const float *x = i > 1 ? sum + 2 * t * d : rows[2 * t];
+            const float *y = 2 * t + 1 == finer ? NULL : i > 1 ? x + d : rows[2 * t + 1];
+            int64_t c = psa__group_count(p, jk, i, t);
+            int full = c == (int64_t)1 << i;
+            if (y) f->sum(sum + t * d, x, y, d);
+            else memmove(sum + t * d, x, (size_t)d * sizeof(float));
+            for (int64_t j = 0; !full && j < d; j++) ragged[j] = sum[t * d + j] / (float)c;
+            f->from_f32(to + psa__pooled_bytes(p, t, d), p->k.type, full ? sum + t * d : ragged,
+                        full ? 1.0f / (float)c : 1.0f, d);
         }
-    }
-    for (int i = 1; i < p->n_levels; i++) {
-        int64_t n = psa__level_rows(p, jk, i);
-        float *to = pooled + psa__pooled_row(p, b, hkv, jk, i) * d;
-        for (int64_t t = 0; t < n; t++) f->scale(to + t * d, 1.0f / (float)psa__group_count(p, jk, i, t), d);
     }
 }
 
@@ -3317,7 +3415,6 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
     const psa__leaves *f = p->leaves;
     int64_t d = p->D, dv = p->Dv, head = b * p->Hkv + hkv, group = p->desc.score_group[1];
     const float *mean = (const float *)(void *)(base + p->at_query) + head * 2 * d, *variance = mean + d;
-    float *pooled_k = (float *)(void *)(base + p->at_pooled_k), *pooled_v = (float *)(void *)(base + p->at_pooled_v);
     float *bias = (float *)(void *)(base + p->at_bias), *spread = NULL, scale = p->desc.scale;
     float one[PSA_MAX_D], group_mass[PSA_MAX_BLOCK_K] = {0}, *share_of = NULL;
     int errors = p->desc.mask == PSA_MASK_ERROR, level = psa__log2(group);
@@ -3333,7 +3430,7 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
         int64_t n = psa__level_rows(p, jk, i), finer = psa__level_rows(p, jk, i - 1);
         int64_t row = psa__pooled_row(p, b, hkv, jk, i);
         for (int64_t t = 0; t < n; t++) {
-            float *k = pooled_k + (row + t) * d, *v = pooled_v + (row + t) * dv, share[2] = {1, 0};
+            float *k = w->k + t * d, *v = w->v + t * dv, share[2] = {1, 0}; /* these rows have been read */
             const float *const *rows = w->kp + 2 * t, *const *rows_v = w->vp + 2 * t;
             int pair = 2 * t + 1 < finer;
             if (pair) {
@@ -3349,6 +3446,8 @@ static void psa__pool_weighted(const psa_plan *p, char *base, int64_t b, int64_t
             }
             f->blend(k, rows[0], share[0], rows[pair], share[1], d);
             if (values) f->blend(v, rows_v[0], share[0], rows_v[pair], share[1], dv);
+            f->from_f32(base + p->at_pooled_k + psa__pooled_bytes(p, row + t, d), p->k.type, k, 1.0f, d);
+            if (values) f->from_f32(base + p->at_pooled_v + psa__pooled_bytes(p, row + t, dv), p->k.type, v, 1.0f, dv);
             w->kp[t] = k;
             w->vp[t] = v;
             bias[row + t] = g.entropy[t];
@@ -3408,9 +3507,9 @@ PSA__DEF psa_result psa_pool(const psa_plan *plan, const void *k, const void *v,
             psa__pool_weighted(p, base, b, hkv, jk, v != NULL, &w);
             continue;
         }
-        psa__pool_block(p, w.kp, p->D, (float *)(void *)(base + p->at_pooled_k), b, hkv, jk);
+        psa__pool_block(p, w.kp, p->D, base + p->at_pooled_k, b, hkv, jk, w.k);
         psa__pool_bias(p, (float *)(void *)(base + p->at_bias), b, hkv, jk);
-        if (v) psa__pool_block(p, w.vp, p->Dv, (float *)(void *)(base + p->at_pooled_v), b, hkv, jk);
+        if (v) psa__pool_block(p, w.vp, p->Dv, base + p->at_pooled_v, b, hkv, jk, w.v);
     }
     return PSA_OK;
 }
@@ -3550,7 +3649,8 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         for (int i = level; i <= last; i++) {
             int64_t row = psa__pooled_row(p, b, hkv, jk, i);
             for (int64_t t = 0; t < psa__level_rows(p, jk, i); t++, row++) {
-                kp[keys] = (const float *)(const void *)(base + p->at_pooled_k) + row * d;
+                kp[keys] = psa__row_f32(p, &p->k, base + p->at_pooled_k + psa__pooled_bytes(p, row, d),
+                                        w->k + (at + keys) * d);
                 w->bias[at + keys] = ((const float *)(const void *)(base + p->at_bias))[row];
                 token[keys++] = first + (t << i);
             }
@@ -3598,15 +3698,16 @@ static int64_t psa__score_visible(const psa__scratch *w, int64_t lanes, const in
 static float psa__value_variance(const psa_plan *p, const char *base, int64_t head)
 {
     const float *spread = (const float *)(const void *)(base + p->at_spread) + head * p->nk * psa__spread_size(p);
-    const float *mean = (const float *)(const void *)(base + p->at_pooled_v) +
-                        (head * p->pooled_rows + p->level_row[p->n_levels - 1]) * p->Dv;
+    const char *mean = base + p->at_pooled_v +
+                       psa__pooled_bytes(p, head * p->pooled_rows + p->level_row[p->n_levels - 1], p->Dv);
     double inside = 0, between = 0, n = (double)p->nk;
     for (int64_t jk = 0; jk < p->nk; jk++) inside += spread[(jk + 1) * psa__spread_size(p) - 1];
     for (int64_t x = 0; x < p->Dv; x++) {
         double sum = 0, square = 0;
         for (int64_t jk = 0; jk < p->nk; jk++) {
-            sum += mean[jk * p->Dv + x];
-            square += (double)mean[jk * p->Dv + x] * mean[jk * p->Dv + x];
+            double m = psa__element(p->k.type, mean, jk * p->Dv + x);
+            sum += m;
+            square += m * m;
         }
         between += square / n - sum / n * (sum / n);
     }
@@ -3631,11 +3732,11 @@ static psa__errors psa__errors_of(const psa_plan *p, const char *base, int64_t b
     return e;
 }
 
-/* The last of n keys again where a tile reads past the end. */
-static void psa__pad_keys(psa__scratch *w, int64_t n, int biased)
+/* The last of n keys again where a tile reads past the end; bias may be NULL. */
+static void psa__pad_keys(const float **kp, float *bias, int64_t n)
 {
-    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->kp[i] = w->kp[n - 1];
-    for (int64_t i = n; biased && i < n + PSA__PAD_K; i++) w->bias[i] = w->bias[n - 1];
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) kp[i] = kp[n - 1];
+    for (int64_t i = n; bias && i < n + PSA__PAD_K; i++) bias[i] = bias[n - 1];
 }
 
 /* Maximum, and sum if wanted, of every lane over each of n blocks from jk on: their rows of w->bm and w->bs; the pairs
@@ -3657,10 +3758,11 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
                                                           w->first + start[i]);
     }
     start[n] = keys;
-    psa__pad_keys(w, keys, biased);
+    psa__pad_keys(w->kp, biased ? w->bias : NULL, keys);
     for (int t = 0; t < tiles->n; t++) {
         int64_t width = tiles->nv[t] * p->leaves->lanes;
-        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, biased ? w->bias : NULL, w->s, w->top);
+        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, biased ? w->bias : NULL, w->s, w->top,
+                       NULL);
         for (int64_t i = 0; i < n; i++) {
             int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
             int32_t first[PSA_MAX_BLOCK_K];
@@ -4182,7 +4284,17 @@ PSA__DEF psa_result psa_mask(const psa_plan *plan, const float *scores, void *wo
 /* >>attend                                                                                                          */
 /* ================================================================================================================= */
 
-/* The tile of keys that a query block is reading: rows in stream order, any mix of levels. */
+/* Keys that are attended to at once: rows in stream order, any mix of levels. */
+typedef struct psa__tile {
+    const float **k, **v;    /* the rows as they are in memory, of K's type */
+    float *bias;
+    int32_t *first;          /* first lane that sees the key */
+    int64_t n;
+    int pooled, straddles;   /* whether any of them has a bias, or is hidden from some lane */
+} psa__tile;
+
+/* What a query block reads: a tile that is filled while the one before it waits, so that its rows are known, and
+ * prefetched, before they are needed. */
 typedef struct psa__stream {
     const psa_plan *p;
     const void *k, *v;
@@ -4192,123 +4304,156 @@ typedef struct psa__stream {
     int64_t b, hkv, iq;
     int64_t heads;           /* query heads of the block: row i is query i / heads of head i % heads */
     int width;               /* of psa__few, if the query rows are few enough for it; else 0 */
-    psa_type type;           /* of K and V rows in the tile */
-    int64_t n;               /* rows waiting in the tile */
-    int pooled, straddles;   /* whether any of them has a bias, or is hidden from some lane */
+    int in_place;            /* K and V rows can be read as f32 where they are */
+    psa__tile tile[2];
+    psa__tile *full, *next;  /* what waits, and what is filled */
     int64_t rows;            /* rows read so far by this query block */
+    int64_t n, next_n;       /* query rows of the block and of the one after it, and where they are */
+    const float *q[PSA_MAX_BLOCK_Q], *next_q[PSA_MAX_BLOCK_Q];
+    const float *out[PSA_MAX_BLOCK_Q];
 } psa__stream;
 
 /* o += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0,
  * but 0 * Inf is NaN, so it must not be touched at all. Element x of a lane's output is
- * o[x * next_x + lane * next_lane]. */
-static void psa__pv_hidden(psa__stream *st, int64_t width, const int32_t *first, float *o, int64_t next_x,
-                           int64_t next_lane)
+ * o[x * next_x + lane * next_lane]; the first lane is the block's `begin`. */
+static void psa__pv_hidden(psa__stream *st, const psa__tile *tile, psa_type type, int64_t begin, int64_t width,
+                           float *o, int64_t next_x, int64_t next_lane)
 {
-    for (int64_t key = 0; key < st->n; key++) {
+    for (int64_t key = 0; key < tile->n; key++) {
         for (int64_t x = 0; x < st->p->Dv; x++) {
-            float v = psa__element(st->type, st->w.vp[key], x);
-            for (int64_t lane = psa__max(first[key], 0); lane < width; lane++) {
+            float v = psa__element(type, tile->v[key], x);
+            for (int64_t lane = psa__max(tile->first[key] - begin, 0); lane < width; lane++) {
                 o[x * next_x + lane * next_lane] += st->w.s[key * width + lane] * v;
             }
         }
     }
 }
 
-static int psa__v_finite(const psa__stream *st)
+static int psa__v_finite(const psa__stream *st, const psa__tile *tile, psa_type type)
 {
-    for (int64_t key = 0; key < st->n; key++) {
+    for (int64_t key = 0; key < tile->n; key++) {
         for (int64_t x = 0; x < st->p->Dv; x++) {
-            if (!psa__finite(psa__element(st->type, st->w.vp[key], x))) return 0;
+            if (!psa__finite(psa__element(type, tile->v[key], x))) return 0;
         }
     }
     return 1;
 }
 
+/* n rows of width d as f32: where they are, or in space. */
+static void psa__widen_rows(const psa__stream *st, const float **rows, int64_t n, int64_t d, float *space)
+{
+    for (int64_t i = 0; i < n && !st->in_place; i++, space += d) {
+        st->p->leaves->to_f32(space, rows[i], st->p->k.type, d);
+        rows[i] = space;
+    }
+}
+
+/* What is prefetched under Q K^T or P V of the t-th query tile: first of all V of the tile, last K of the next one,
+ * and under the first tile of keys the rows of out and of the next query block. */
+static psa__ahead psa__ahead_of(const psa__stream *st, const psa__tile *tile, int t, int is_pv)
+{
+    const psa_plan *p = st->p;
+    psa__ahead v = {tile->v, tile->n, (size_t)p->Dv * psa_type_size(p->k.type)};
+    psa__ahead k = {st->next->k, psa__min(tile->n, st->next->n), (size_t)p->D * psa_type_size(p->k.type)};
+    psa__ahead q = {st->next_q, st->next_n, (size_t)p->D * psa_type_size(p->q.type)};
+    psa__ahead out = {st->out, st->n, (size_t)p->Dv * psa_type_size(p->out.type)};
+    if (t == 0 && !is_pv) return v;
+    if (t == st->tiles.n - 1 && is_pv) return k;
+    if (st->rows > 0 || t > 1) q.n = out.n = 0;
+    return is_pv ? q : out;
+}
+
 /* All query tiles of the block against the tile of keys. */
-static void psa__attend_tiles(psa__stream *st)
+static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
 {
     const psa__leaves *f = st->p->leaves;
     psa__scratch *w = &st->w;
-    int64_t lane = 0, d = st->p->D, dv = st->p->Dv, n = st->n;
-    int32_t first[PSA__TILE_K];
-    int finite = !st->straddles || psa__v_finite(st);
+    int64_t lane = 0, d = st->p->D, dv = st->p->Dv, n = tile->n;
+    int finite = 1;
+    psa__widen_rows(st, tile->k, n, d, w->k);
+    psa__pad_keys(tile->k, tile->bias, n);
     for (int t = 0; t < st->tiles.n; t++) {
         int nv = st->tiles.nv[t];
         int64_t width = nv * f->lanes;
         float *ot = w->ot + lane * dv;
-        for (int64_t i = 0; st->straddles && i < n; i++) first[i] = w->first[i] - (int32_t)lane;
-        f->qk(nv, w->qt + lane * d, w->kp, n, d, st->pooled ? w->bias : NULL, w->s, w->top);
-        if (st->straddles) f->hide(nv, w->s, n, first, w->top);
+        int32_t first[PSA__TILE_K];
+        psa__ahead ahead = psa__ahead_of(st, tile, t, 0);
+        for (int64_t i = 0; tile->straddles && i < n; i++) first[i] = tile->first[i] - (int32_t)lane;
+        f->qk(nv, w->qt + lane * d, tile->k, n, d, tile->pooled ? tile->bias : NULL, w->s, w->top, &ahead);
+        if (tile->straddles) f->hide(nv, w->s, n, first, w->top);
+        for (int64_t i = 0; st->rows == 0 && i < width; i++) { /* there is nothing to rescale yet */
+            if (w->top[i] > PSA__LOWEST) w->m[lane + i] = w->top[i];
+        }
         f->softmax(nv, w->s, n, w->top, w->m + lane, w->l + lane, ot, dv);
-        if (finite) f->pv(nv, w->s, w->vp, n, dv, ot);
-        else psa__pv_hidden(st, width, first, ot, width, 1);
+        if (t == 0) {
+            psa__widen_rows(st, tile->v, n, dv, w->v);
+            finite = !tile->straddles || psa__v_finite(st, tile, PSA_F32);
+        }
+        ahead = psa__ahead_of(st, tile, t, 1);
+        if (finite) f->pv(nv, w->s, tile->v, n, dv, ot, &ahead);
+        else psa__pv_hidden(st, tile, PSA_F32, lane, width, ot, width, 1);
         lane += width;
     }
 }
 
-/* The same for few queries. Where the keys lie one after the other, the next tile is prefetched. */
-static void psa__attend_few(psa__stream *st)
+/* The same for few queries, which convert K and V as they read them. */
+static void psa__attend_few(psa__stream *st, psa__tile *tile)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
-    int streamed = !p->desc.order_k.index && !st->pooled;
     psa__few x;
-    x.type = st->type;
+    psa__pad_keys(tile->k, NULL, tile->n);
+    psa__pad_keys(tile->v, NULL, tile->n);
+    x.type = p->k.type;
     x.width = st->width;
     x.q = w->qt;
-    x.k = w->kp;
-    x.v = w->vp;
-    x.bias = st->pooled ? w->bias : NULL;
-    x.first = st->straddles ? w->first : NULL;
-    x.n = st->n;
+    x.k = tile->k;
+    x.v = tile->v;
+    x.next_k = st->next->n < tile->n ? tile->k : st->next->k;
+    x.bias = tile->pooled ? tile->bias : NULL;
+    x.first = tile->straddles ? tile->first : NULL;
+    x.n = tile->n;
     x.d = p->D;
     x.dv = p->Dv;
-    x.ahead = streamed ? PSA__TILE_K * p->k.nb[1] : 0;
     x.s = w->s;
     x.m = w->m;
     x.l = w->l;
     x.o = w->ot;
-    x.weights_only = st->straddles && !psa__v_finite(st);
+    x.weights_only = tile->straddles && !psa__v_finite(st, tile, x.type);
     p->leaves->few(&x);
-    if (x.weights_only) psa__pv_hidden(st, x.width, w->first, w->ot, 1, p->Dv);
+    if (x.weights_only) psa__pv_hidden(st, tile, x.type, 0, x.width, w->ot, 1, p->Dv);
 }
 
-/* Attends to the tile of keys, which is empty afterwards. */
-static void psa__stream_flush(psa__stream *st)
+/* Attends to the tile that waits; the one that was filled waits in its place. */
+static void psa__stream_turn(psa__stream *st)
 {
-    if (st->n == 0) return;
-    psa__pad_keys(&st->w, st->n, st->pooled);
-    if (st->width) psa__attend_few(st);
-    else psa__attend_tiles(st);
-    st->rows += st->n;
-    st->n = 0;
-    st->pooled = st->straddles = 0;
-}
-
-/* n more rows are in the tile. */
-static void psa__stream_advance(psa__stream *st, int64_t n)
-{
-    st->n += n;
-    if (st->n == PSA__TILE_K) psa__stream_flush(st);
+    psa__tile *tile = st->full;
+    if (tile->n && st->width) psa__attend_few(st, tile);
+    else if (tile->n) psa__attend_tiles(st, tile);
+    st->rows += tile->n;
+    tile->n = 0;
+    tile->pooled = tile->straddles = 0;
+    st->full = st->next;
+    st->next = tile;
 }
 
 /* The tokens of block jk themselves. Lane i stands for query token `token + i / heads`. */
 static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int straddles)
 {
     const psa_plan *p = st->p;
-    psa__scratch *w = &st->w;
     int64_t at = jk * p->desc.block_k, end = at + psa__block_k_rows(p, jk);
-    float *k = st->type == PSA_F32 ? w->k : NULL, *v = k ? w->v : NULL; /* where rows are converted to */
     while (at < end) {
-        int64_t n = psa__min(end - at, PSA__TILE_K - st->n), to = st->n;
-        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, at, n, k ? k + to * p->D : NULL, w->kp + to);
-        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, at, n, v ? v + to * p->Dv : NULL, w->vp + to);
+        psa__tile *t = st->next;
+        int64_t to = t->n, n = psa__min(end - at, PSA__TILE_K - to);
+        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, at, n, NULL, t->k + to);
+        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, at, n, NULL, t->v + to);
         for (int64_t i = 0; i < n; i++) {
-            w->bias[to + i] = 0.0f;
-            w->first[to + i] = straddles ? (int32_t)psa__max(psa__min((at + i - token) * st->heads, INT16_MAX), 0) : 0;
+            t->bias[to + i] = 0.0f;
+            t->first[to + i] = straddles ? (int32_t)psa__max(psa__min((at + i - token) * st->heads, INT16_MAX), 0) : 0;
         }
-        st->straddles |= straddles;
-        psa__stream_advance(st, n);
+        t->straddles |= straddles;
+        t->n += n;
+        if (t->n == PSA__TILE_K) psa__stream_turn(st);
         at += n;
     }
 }
@@ -4317,18 +4462,15 @@ static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int s
 static void psa__stream_pooled(psa__stream *st, int64_t jk, int i)
 {
     const psa_plan *p = st->p;
-    psa__scratch *w = &st->w;
     int64_t row = psa__pooled_row(p, st->b, st->hkv, jk, i), end = row + psa__level_rows(p, jk, i);
-    while (row < end) {
-        int64_t n = psa__min(end - row, PSA__TILE_K - st->n), to = st->n;
-        for (int64_t x = 0; x < n; x++, row++) {
-            w->kp[to + x] = (const float *)(const void *)(st->base + p->at_pooled_k) + row * p->D;
-            w->vp[to + x] = (const float *)(const void *)(st->base + p->at_pooled_v) + row * p->Dv;
-            w->bias[to + x] = ((const float *)(const void *)(st->base + p->at_bias))[row];
-            w->first[to + x] = 0;
-        }
-        st->pooled = 1;
-        psa__stream_advance(st, n);
+    for (; row < end; row++) {
+        psa__tile *t = st->next;
+        t->k[t->n] = (const float *)(const void *)(st->base + p->at_pooled_k + psa__pooled_bytes(p, row, p->D));
+        t->v[t->n] = (const float *)(const void *)(st->base + p->at_pooled_v + psa__pooled_bytes(p, row, p->Dv));
+        t->bias[t->n] = ((const float *)(const void *)(st->base + p->at_bias))[row];
+        t->first[t->n++] = 0;
+        t->pooled = 1;
+        if (t->n == PSA__TILE_K) psa__stream_turn(st);
     }
 }
 
@@ -4347,90 +4489,143 @@ static void psa__stream_blocks(psa__stream *st, const uint8_t *level)
             if (level[j] == 1 << i) psa__stream_pooled(st, j, i);
         }
     }
-    psa__stream_flush(st);
+    psa__stream_turn(st);
+    psa__stream_turn(st);
 }
 
-/* Output rows, divided by the softmax denominators, to w.rows; 1 / denominator is in w.l. */
-static void psa__unpack_rows(psa__stream *st)
+/* The rows of q or out that belong to a query block: their number. Row i is token i / heads of head h + i % heads. */
+static int64_t psa__task_rows(const psa__stream *st, const psa_tensor *t, const void *data, int64_t task,
+                              const float **rows)
 {
     const psa_plan *p = st->p;
-    psa__scratch *w = &st->w;
-    int64_t lane = 0;
-    if (st->width) memcpy(w->rows, w->ot, (size_t)(st->width * p->Dv) * sizeof(float));
-    for (int64_t i = 0; i < st->width; i++) p->leaves->scale(w->rows + i * p->Dv, w->l[i], p->Dv);
-    for (int t = 0; t < st->tiles.n; t++) {
-        p->leaves->unpack(st->tiles.nv[t], w->rows + lane * p->Dv, w->ot + lane * p->Dv, p->Dv, w->l + lane);
-        lane += st->tiles.nv[t] * p->leaves->lanes;
-    }
-}
-
-/* Writes out and lse of head h and those after it that belong to the block. */
-static void psa__attend_finish(psa__stream *st, int64_t n, int64_t lanes, int64_t h, void *out, float *lse)
-{
-    const psa_plan *p = st->p;
-    psa__scratch *w = &st->w;
-    for (int64_t i = 0; i < lanes; i++) {
-        float l = w->l[i];
-        w->m[i] = l == 0.0f ? -INFINITY : (float)((w->m[i] + log2f(l)) * PSA__LN2);
-        w->l[i] = l == 0.0f ? 0.0f : 1.0f / l;
-    }
-    psa__unpack_rows(st);
+    int64_t iq = task % p->nq, head = task / p->nq * st->heads, h = head % p->Hq, n = psa__block_q_rows(p, iq);
     for (int64_t i = 0; i < n; i++) {
-        int64_t head = h + i % st->heads;
-        int64_t token = psa__token_at(&p->desc.order_q, st->b, head, st->iq * p->desc.block_q + i / st->heads);
-        char *row = (char *)out + psa__offset(&p->out, st->b, head, token);
-        p->leaves->from_f32(row, p->out.type, w->rows + i * p->Dv, p->Dv);
-        if (lse) lse[(st->b * p->Hq + head) * p->Nq + token] = w->m[i];
+        for (int64_t g = 0; g < st->heads; g++) {
+            *rows++ = (const float *)(const void *)psa__row(t, &p->desc.order_q, data, head / p->Hq, h + g,
+                                                            iq * p->desc.block_q + i);
+        }
+    }
+    return n * st->heads;
+}
+
+/* n rows of out from the block's row `first` on. */
+static void psa__write_rows(psa__stream *st, int64_t first, int64_t n, const float *rows)
+{
+    const psa_tensor *out = &st->p->out;
+    for (int64_t i = 0; i < n; i++, rows += st->p->Dv) {
+        st->p->leaves->from_f32((void *)(uintptr_t)st->out[first + i], out->type, rows, 1.0f, st->p->Dv);
     }
 }
 
-/* The first n of the scratch's query rows, scaled, to w.qt, as psa__few reads them. */
-static void psa__place_few(psa__stream *st, int64_t n, float scale)
+static void psa__write_lse(psa__stream *st, int64_t h, float *lse)
+{
+    const psa_plan *p = st->p;
+    for (int64_t i = 0; i < st->n; i++) {
+        int64_t head = h + i % st->heads, at = st->iq * p->desc.block_q + i / st->heads;
+        float *to = lse + (st->b * p->Hq + head) * p->Nq + psa__token_at(&p->desc.order_q, st->b, head, at);
+        *to = st->w.l[i] == 0.0f ? -INFINITY : (float)((st->w.m[i] + log2f(st->w.l[i])) * PSA__LN2);
+    }
+}
+
+/* Writes out: w.l has the softmax denominators of the lanes. */
+static void psa__write_out(psa__stream *st, int64_t lanes)
+{
+    const psa__leaves *f = st->p->leaves;
+    psa__scratch *w = &st->w;
+    int64_t dv = st->p->Dv;
+    for (int64_t i = 0; i < lanes; i++) w->l[i] = w->l[i] == 0.0f ? 0.0f : 1.0f / w->l[i];
+    for (int64_t i = 0; i < st->width; i++) f->scale(w->ot + i * dv, w->l[i], dv);
+    if (st->width) psa__write_rows(st, 0, st->n, w->ot);
+    for (int64_t t = 0, lane = 0; t < st->tiles.n; t++) {
+        int64_t width = st->tiles.nv[t] * f->lanes;
+        f->unpack(st->tiles.nv[t], w->rows, w->ot + lane * dv, dv, w->l + lane);
+        psa__write_rows(st, lane, psa__min(width, st->n - lane), w->rows);
+        lane += width;
+    }
+}
+
+/* `width` rows of q from the block's row `first` on, to w.rows; zeros beyond the last. */
+static void psa__load_rows(psa__stream *st, int64_t first, int64_t width)
+{
+    const psa_plan *p = st->p;
+    int64_t n = psa__min(width, st->n - first);
+    float *to = st->w.rows;
+    for (int64_t i = 0; i < n; i++, to += p->D) p->leaves->to_f32(to, st->q[first + i], p->q.type, p->D);
+    if (n < width) memset(to, 0, (size_t)((width - n) * p->D) * sizeof(float));
+}
+
+/* The scratch's query rows, scaled, to w.qt, as psa__few reads them. */
+static void psa__place_few(psa__stream *st, float scale)
 {
     const psa_plan *p = st->p;
     float *to = st->w.qt;
     for (int64_t at = 0, lanes = 0; at < p->D; at += lanes) {
         lanes = psa__min(p->leaves->lanes, p->D - at);
         for (int64_t i = 0; i < st->width; i++, to += lanes) {
-            for (int64_t x = 0; x < lanes; x++) to[x] = i < n ? scale * st->w.rows[i * p->D + at + x] : 0.0f;
+            for (int64_t x = 0; x < lanes; x++) to[x] = scale * st->w.rows[i * p->D + at + x];
         }
     }
 }
 
-/* The first n of the scratch's query rows, scaled, to w.qt, in tiles or for psa__few. Returns the lanes they take. */
-static int64_t psa__place_queries(psa__stream *st, int64_t n)
+/* The block's query rows, scaled, to w.qt, in tiles or for psa__few. Returns the lanes they take. */
+static int64_t psa__place_queries(psa__stream *st)
 {
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
-    st->tiles = psa__tiles_of(p->leaves, n);
+    int64_t lane = 0;
+    st->tiles = psa__tiles_of(p->leaves, st->n);
     st->width = 0;
-    if (n > p->leaves->lanes) return psa__pack_queries(p, &st->w, &st->tiles, n, p->D, scale);
-    st->tiles.n = 0;
-    for (st->width = 1; st->width < n;) st->width *= 2;
-    psa__place_few(st, n, scale);
-    return st->width;
+    if (st->n <= p->leaves->lanes) {
+        st->tiles.n = 0;
+        for (st->width = 1; st->width < st->n;) st->width *= 2;
+        psa__load_rows(st, 0, st->width);
+        psa__place_few(st, scale);
+        return st->width;
+    }
+    for (int t = 0; t < st->tiles.n; t++) {
+        int64_t width = st->tiles.nv[t] * p->leaves->lanes;
+        psa__load_rows(st, lane, width);
+        p->leaves->pack(st->tiles.nv[t], st->w.qt + lane * p->D, st->w.rows, p->D, scale);
+        lane += width;
+    }
+    return lane;
 }
 
-/* One query block of st->heads heads from h on. */
-static void psa__attend_block(psa__stream *st, const void *q, const uint8_t *level, int64_t h, void *out, float *lse)
+/* One query block, of st->heads heads from h on. */
+static void psa__attend_block(psa__stream *st, const uint8_t *level, int64_t h, float *lse)
 {
     const psa_plan *p = st->p;
     psa__scratch *w = &st->w;
-    int64_t n = psa__block_q_rows(p, st->iq) * st->heads, lanes;
-    for (int64_t i = 0; i < n; i++) {
-        psa__load_query(p, q, st->b, h + i % st->heads, st->iq * p->desc.block_q + i / st->heads, w->rows + i * p->D);
-    }
-    lanes = psa__place_queries(st, n);
-    st->type = st->width && !level ? p->k.type : PSA_F32; /* few queries convert as they read */
+    int64_t lanes = psa__place_queries(st);
     for (int64_t i = 0; i < lanes; i++) {
         w->m[i] = PSA__LOWEST;
         w->l[i] = 0.0f;
     }
     memset(w->ot, 0, (size_t)(lanes * p->Dv) * sizeof(float));
-    st->n = st->rows = 0;
-    st->pooled = st->straddles = 0;
+    st->rows = 0;
     psa__stream_blocks(st, level);
-    psa__attend_finish(st, n, lanes, h, out, lse);
+    if (lse) psa__write_lse(st, h, lse);
+    psa__write_out(st, lanes);
+}
+
+static void psa__stream_init(psa__stream *st, const psa_plan *p, const void *k, const void *v, void *work, int ith)
+{
+    memset(st, 0, sizeof *st);
+    st->p = p;
+    st->k = k;
+    st->v = v;
+    st->base = psa__align(work);
+    st->w = psa__scratch_of(p, work, ith);
+    st->in_place = p->k.type == PSA_F32 && psa__is_aligned(&p->k, k) && psa__is_aligned(&p->v, v);
+    for (int i = 0; i < 2; i++) {
+        int at = i * (PSA__TILE_K + PSA__PAD_K);
+        st->tile[i].k = st->w.kp + at;
+        st->tile[i].v = st->w.vp + at;
+        st->tile[i].bias = st->w.bias + at;
+        st->tile[i].first = st->w.first + at;
+    }
+    st->full = &st->tile[0];
+    st->next = &st->tile[1];
 }
 
 /* Query heads that go together, so that K and V are read once for all of them: those of a KV head if their rows fit
@@ -4506,21 +4701,20 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
         return psa__fail(&p->desc, PSA_ERR_NULL, "the plan was made without v or out");
     }
     if ((r = psa__attend_share(p, levels, ith, nth, &begin, &end)) != PSA_OK) return r;
-    memset(&st, 0, sizeof st);
-    st.p = p;
-    st.k = k;
-    st.v = v;
-    st.base = psa__align(work);
-    st.w = psa__scratch_of(p, work, ith);
+    psa__stream_init(&st, p, k, v, work, ith);
     rows = (int64_t *)(void *)(psa__align(work) + p->at_rows);
     mode = p->leaves->denormals_off();
     st.heads = psa__heads_together(p, levels);
+    if (begin < end) st.next_n = psa__task_rows(&st, &p->q, q, begin, st.next_q);
     for (int64_t task = begin; task < end; task++) {
         int64_t head = task / p->nq * st.heads, h = head % p->Hq;
         st.iq = task % p->nq;
         st.b = head / p->Hq;
         st.hkv = h / (p->Hq / p->Hkv);
-        psa__attend_block(&st, q, levels ? levels + task * p->nk : NULL, h, out, lse);
+        memcpy(st.q, st.next_q, sizeof st.q);
+        st.n = psa__task_rows(&st, &p->out, out, task, st.out);
+        st.next_n = task + 1 < end ? psa__task_rows(&st, &p->q, q, task + 1, st.next_q) : 0;
+        psa__attend_block(&st, levels ? levels + task * p->nk : NULL, h, lse);
         for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * p->nq + st.iq] = st.rows;
     }
     p->leaves->denormals_restore(mode);

@@ -130,6 +130,17 @@ static void moments(const oracle *o, int64_t b, int64_t h, double *mean, double 
     }
 }
 
+/* The f32 nearest to x as a number of the type, the nearest one, ties to even. */
+static double rounded(double x, psa_type type) {
+    int exponent, bits = type == PSA_F16 ? 11 : 8, least_bit = type == PSA_F16 ? -24 : -133;
+    if (type == PSA_F32 || !isfinite(x))
+        return x;
+    x = (double)(float)x;
+    frexp(x, &exponent);
+    double step = ldexp(1, exponent - bits > least_bit ? exponent - bits : least_bit);
+    return rint(x / step) * step;
+}
+
 static double ln_cosh(double x) { return x + log1p(exp(-2 * x)) - log(2); }
 
 /* A group of keys as one token: k[D], v[Dv] if not NULL; returns h of SPEC section 10, half the variance that the
@@ -159,6 +170,10 @@ static double pool_group(const oracle *o, int64_t b, int64_t h, range c, const d
     for (int64_t j = 0; j < n; j++)
         for (int64_t d = 0; d < o->D; d++)
             half += .5 * o->scale * o->scale * w[j] * variance[d] * pow(k_row(o, b, h, c.begin + j)[d] - k[d], 2);
+    for (int64_t d = 0; d < o->D; d++)
+        k[d] = rounded(k[d], o->type);
+    for (int64_t d = 0; v && d < o->Dv; d++)
+        v[d] = rounded(v[d], o->type);
     *bias = top + log(sum) - inside + (o->desc.tilt ? ln_cosh(sqrt(2 * half)) : 0);
     return half;
 }

@@ -14,6 +14,7 @@ typedef struct oracle {
     int64_t nq, nk;
     int64_t off; /* query i stands at token i + off */
     const double *q, *k, *v;
+    psa_type type; /* of k and v, and so of their means; F32, the default: means are not rounded */
 } oracle;
 
 /* v may be NULL (and Dv 0) where only scores and masks are asked for. */

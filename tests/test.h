@@ -161,6 +161,10 @@ psa_desc desc_random_blocks(const shape *s); /* blocks, scale, causality */
 void desc_random_recipe(psa_desc *d);
 psa_isa isa_random(void);                    /* one that this machine has */
 
+/* What an output of this type may differ from the oracle's. Weighted means are computed in f32: of those that are kept
+ * in 16 bits, one in a few thousand lies so near the middle of two numbers that it is rounded the other way. */
+tolerance setup_tolerance(const setup *s, psa_type type);
+
 /* Tensors, plan, workspace, maps and oracle. Returns 0 (after a failed check) if the plan was refused. */
 int setup_init(setup *s, const psa_desc *desc, const shape *shape);
 void setup_free(setup *s);

@@ -577,6 +577,7 @@ static void one_call_broadcast(void) {
             in[i]->x = tensor_values(&in[i]->t);
         }
         oracle_init(&s.o, &desc, x.B, x.Hq, x.Hkv, x.Nq, x.Nk, x.D, x.Dv, s.q.x, s.k.x, s.v.x);
+        s.o.type = s.k.t.type;
         if (CHECK_RESULT(psa_plan_init(&s.plan, &desc, &s.q.t, &s.k.t, &s.v.t, &s.out.t), PSA_OK)) {
             one_call_case(&s, 2);
             CHECK_RANDOM_LEVELS(&s, 30);

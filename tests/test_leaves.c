@@ -4,6 +4,7 @@
 #define PSA_IMPLEMENTATION
 #include "psa.h"
 
+#include "elements.h"
 #include "test.h"
 
 enum { MOST = 300, PAD = PSA__PAD_K }; /* elements of a vector; floats past its end */
@@ -62,6 +63,41 @@ static void check_vectors(const psa__leaves *f, int round) {
 }
 
 static void leaves_vectors(void) { every_isa(200, check_vectors); }
+
+static float element_at(const char *data, psa_type type, int64_t i) {
+    uint32_t bits = 0;
+    memcpy(&bits, data + (size_t)i * psa_type_size(type), psa_type_size(type));
+    return type == PSA_F16 ? half_to_float((uint16_t)bits) : float_from_bits(type == PSA_F32 ? bits : bits << 16);
+}
+
+/* Bits of every kind of number, to each type as element by element, and back. */
+static void check_types(const psa__leaves *f, int round) {
+    psa_type type = (psa_type)(round % 3);
+    int64_t n = round < 70 ? round : rnd_int(1, MOST);
+    float x[MOST], back[MOST], factor = rnd_chance(50) ? 1.0f : (float)rnd_normal();
+    size_t size = psa_type_size(type);
+    guarded memory = guarded_new((size_t)n * size, 0);
+    char *got = (char *)guarded_data(&memory), expected[sizeof x];
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t exponent = (uint32_t)(rnd_chance(60) ? rnd_int(100, 145) : rnd_int(0, 255)) << 23;
+        x[i] = float_from_bits(exponent | (uint32_t)rnd_int(0, 0x7fffff) | (rnd_chance(50) ? 0x80000000u : 0));
+        if (rnd_chance(20)) /* in the middle of two numbers, or near it */
+            x[i] = float_from_bits((psa__bits(x[i]) & 0xffff0000u) | (uint32_t)rnd_int(0x7fff, 0x8001));
+        set_element(expected, type, (size_t)i, x[i] * factor);
+    }
+    f->from_f32(got, type, x, factor, n);
+    f->to_f32(back, expected, type, n);
+    for (int64_t i = 0; i < n; i++) {
+        double is = (double)element_at(got, type, i), should = (double)element_at(expected, type, i);
+        CHECK(is == should || (isnan(is) && isnan(should)), "%s: %g is %g, expected %g", f->name,
+              (double)(x[i] * factor), is, should);
+        CHECK((double)back[i] == should || isnan(should), "%s: %g read as %g", f->name, should, (double)back[i]);
+    }
+    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
+    guarded_free(&memory);
+}
+
+static void leaves_types(void) { every_isa(300, check_types); }
 
 /* ---- trees ---- */
 
@@ -307,6 +343,7 @@ static void leaves_row_error(void) { every_isa(100, check_row_error); }
 
 const test_case tests_leaves[] = {
     {"leaves/vectors", leaves_vectors},
+    {"leaves/types", leaves_types},
     {"leaves/project", leaves_project},
     {"leaves/combine", leaves_combine},
     {"leaves/smallest", leaves_smallest},

@@ -366,8 +366,8 @@ static void check_moved(setup *s, const psa_order *q, const psa_order *k) {
     oracle_attend(&o, setup_levels(s), out, lse);
     double *want = permuted(out, q, o.B, o.Hq, o.Nq, Dv, 1), *want_lse = permuted(lse, q, o.B, o.Hq, o.Nq, 1, 1);
     double *got = tensor_values(&s->out.t), *got_lse = doubles_of(setup_lse(s), (size_t)rows);
-    COMPARE("out through a tree", got, want, rows * Dv, tolerance_of(s->out.t.type));
-    COMPARE("lse through a tree", got_lse, want_lse, rows, tolerance_of(PSA_F32));
+    COMPARE("out through a tree", got, want, rows * Dv, setup_tolerance(s, s->out.t.type));
+    COMPARE("lse through a tree", got_lse, want_lse, rows, setup_tolerance(s, PSA_F32));
     for (int i = 0; i < 3; i++)
         free(moved[i]);
     free(out), free(lse), free(want), free(want_lse), free(got), free(got_lse);
@@ -444,7 +444,7 @@ static void check_key_local(setup *s, const psa_order *q, const psa_order *k, in
         if (!here || !reads_at(s, b, h, p / o.desc.block_q, position_of(k, 0, 0, o.Nk, token)))
             COMPARE("out of a row that does not read the key",
                     got + ((b * o.Hq + h) * o.Nq + order_at(q, b, h, p)) * Dv, out + row * Dv, Dv,
-                    tolerance_of(s->out.t.type));
+                    setup_tolerance(s, s->out.t.type));
     }
     for (int i = 0; i < 3; i++)
         free(moved[i]);
