@@ -2652,12 +2652,13 @@ static int psa__processors(void)
 /* Query lanes are padded to whole vectors; 16 is a multiple of every instruction set's vector. */
 static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
 
-/* Query blocks that are scored together: as many as fill 16 lanes, if each takes a power of two. */
+/* Query blocks that are scored together, so that keys are read once for all of them: as many as fill 64 lanes, if each
+ * takes a power of two below 32. */
 static int64_t psa__score_together(const psa_plan *p)
 {
-    int64_t groups = p->desc.block_q / p->desc.score_group[0];
+    int64_t groups = p->desc.block_q / p->desc.score_group[0], lanes = psa__min(psa__pad_lanes(p->desc.block_q), 64);
     int pooled = p->desc.score == PSA_SCORE_POOLED && p->desc.mask != PSA_MASK_ERROR;
-    return pooled && 16 % groups == 0 ? 16 / groups : 1;
+    return pooled && 16 % groups == 0 ? lanes / groups : 1;
 }
 
 /* Query vectors that score the query blocks that go together, padded. */
@@ -3867,7 +3868,7 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     for (int64_t jk = 0; jk < n; jk += batch) {
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
-    p->leaves->row_mass(padded, lanes, together > 1 ? 16 / together : padded, n, w->bm, sums ? w->bs : NULL, use_max,
+    p->leaves->row_mass(padded, lanes, together > 1 ? desc->block_q / desc->score_group[0] : padded, n, w->bm, sums ? w->bs : NULL, use_max,
                         norm, w->m, w->l, row, p->nk);
     if (desc->mask == PSA_MASK_ERROR) {
         int64_t at = ((b * p->Hq + h) * p->nq + iq) * p->nk;
