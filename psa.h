@@ -1710,10 +1710,12 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_products)(psa_type type, int width
                                                         const float *q, const float *const *k,
                                                         const float *const *v, int64_t at, PSA__V *acc)
 {
+    const uintptr_t offset = (uintptr_t)at * (type == PSA_F32 ? 4 : 2);
+    const int new_line = offset % 64 == 0;
     PSA__V kx[PSA__W];
     PSA__UNROLL for (int i = 0; i < keys; i++) {
         kx[i] = PSA__(load_lanes)(lanes, type, k[i], at);
-        PSA__PREFETCH((const char *)((uintptr_t)v[i] + (uintptr_t)at * (type == PSA_F32 ? 4 : 2)));
+        if (new_line) PSA__PREFETCH((const char *)((uintptr_t)v[i] + offset));
     }
     PSA__UNROLL for (int query = 0; query < width; query++) {
         const PSA__V qx = PSA__(load_lanes)(lanes, PSA_F32, q + at * width, query * lanes);
@@ -1809,7 +1811,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_pv)(psa_type type, int n, int cols
         PSA__V vx[8];
         PSA__UNROLL for (int c = 0; c < cols; c++) {
             vx[c] = PSA__(load_lanes)(lanes, type, v, c * PSA__W);
-            PSA__PREFETCH(next + c * PSA__W * size);
+            if ((at + c * PSA__W) * size % 64 == 0) PSA__PREFETCH(next + c * PSA__W * size);
         }
         PSA__UNROLL for (int i = 0; i < n; i++) {
             const PSA__V pi = PSA__(splat)(p[i]);
