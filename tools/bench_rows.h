@@ -196,15 +196,27 @@ static void set_base(row *r, const row *base, int is_cost, double goal) {
 }
 
 static double measure_peak(bench *b, const row *r) {
-    return peak_seconds(b->crew, r->isa, r->threads);
+    return peak_seconds(b->crew, r->isa, PSA_F32, r->threads);
 }
 
 static row *add_peak(bench *b, const bench_input *in, psa_isa isa, int threads) {
     row *r = add_row(b, in, threads, measure_peak);
     r->type = PSA_F32;
     r->isa = isa;
-    r->work = peak_flop(isa, threads);
+    r->work = peak_flop(isa, PSA_F32, threads);
     name_row(r, "peak");
+    return r;
+}
+
+static double measure_bf16_peak(bench *b, const row *r) {
+    return peak_seconds(b->crew, r->isa, PSA_BF16, r->threads);
+}
+
+static row *add_bf16_peak(bench *b, const bench_input *in, psa_isa isa, int threads) {
+    row *r = add_peak(b, in, isa, threads);
+    r->measure = measure_bf16_peak;
+    r->type = PSA_BF16;
+    r->work = peak_flop(isa, PSA_BF16, threads);
     return r;
 }
 

@@ -42,7 +42,21 @@ PEAK_LOOP(peak_avx2, __attribute__((target("avx2,fma"))), __m256, _mm256_set1_ps
           _mm256_cvtss_f32)
 PEAK_LOOP(peak_avx512, __attribute__((target("avx512f"))), __m512, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_add_ps,
           _mm512_cvtss_f32)
+/* vdpbf16ps: two bf16 products into each f32. The elements are those of f32 numbers, of which every other one is 0. */
+#define BF16_FMA(a, x, y) _mm512_dpbf16_ps(a, (__m512bh)(x), (__m512bh)(y))
+PEAK_LOOP(peak_avx512_bf16, __attribute__((target("avx512f,avx512bf16"))), __m512, _mm512_set1_ps, BF16_FMA,
+          _mm512_add_ps, _mm512_cvtss_f32)
 #endif
+
+/* Whether the CPU multiplies bf16 in vectors of this instruction set. */
+static int peak_has_bf16(psa_isa isa) {
+#ifdef PEAK_X86
+    return isa == PSA_ISA_AVX512 && __builtin_cpu_supports("avx512bf16");
+#else
+    (void)isa;
+    return 0;
+#endif
+}
 
 #ifdef PEAK_NEON
 #define NEON_FMA(a, x, y) vfmaq_f32(y, a, x)
@@ -50,8 +64,10 @@ PEAK_LOOP(peak_avx512, __attribute__((target("avx512f"))), __m512, _mm512_set1_p
 PEAK_LOOP(peak_neon, , float32x4_t, vdupq_n_f32, NEON_FMA, vaddq_f32, NEON_FIRST)
 #endif
 
-static float peak_loop(psa_isa isa) {
+static float peak_loop(psa_isa isa, psa_type type) {
 #ifdef PEAK_X86
+    if (isa == PSA_ISA_AVX512 && type == PSA_BF16)
+        return peak_avx512_bf16();
     if (isa == PSA_ISA_AVX512)
         return peak_avx512();
     if (isa == PSA_ISA_AVX2)
@@ -61,31 +77,32 @@ static float peak_loop(psa_isa isa) {
     if (isa == PSA_ISA_NEON)
         return peak_neon();
 #endif
-    (void)isa;
+    (void)isa, (void)type;
     return peak_base();
 }
 
 typedef struct chains {
     psa_isa isa;
+    psa_type type;
     volatile float sink;
 } chains;
 
 static void peak_task(void *ctx, int ith, int nth) {
     chains *c = (chains *)ctx;
-    float sum = peak_loop(c->isa);
+    float sum = peak_loop(c->isa, c->type);
     if (sum < 0) /* never, but the compiler cannot know */
         c->sink = sum + (float)(ith + nth);
 }
 
 /* Floating-point operations of peak_seconds. */
-static double peak_flop(psa_isa isa, int threads) {
+static double peak_flop(psa_isa isa, psa_type type, int threads) {
     int lanes = isa == PSA_ISA_AVX512 ? 16 : isa == PSA_ISA_AVX2 ? 8 : BASE_LANES;
-    return 2.0 * lanes * CHAINS * PEAK_ROUNDS * threads;
+    return (type == PSA_BF16 ? 4.0 : 2.0) * lanes * CHAINS * PEAK_ROUNDS * threads;
 }
 
-/* The same loop on every thread at once. */
-static double peak_seconds(crew *c, psa_isa isa, int threads) {
-    chains all = {isa, 0};
+/* The same loop on every thread at once. type: F32, or BF16 where peak_has_bf16. */
+static double peak_seconds(crew *c, psa_isa isa, psa_type type, int threads) {
+    chains all = {isa, type, 0};
     double start = now();
     crew_run(c, threads, peak_task, &all);
     return now() - start;
