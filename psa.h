@@ -138,10 +138,10 @@
  *
  *     Only psa_attention allocates: the workspace and a level map, or one piece if it splits the keys; freed before it
  *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in their own type (less than a
- *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block)
- *     floats.
- *     Linear in N for each of them but the maps, which have nq * nk entries. A tree takes 4 bytes a token and head, and
- *     9 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB a head.
+ *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block,
+ *     up to 64 for POOLED) floats. Linear in N for each of them but the maps, which have nq * nk entries. A tree takes
+ *     4 bytes a token and head, and 9 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB a
+ *     head.
  *
  * THREADS
  *
@@ -152,9 +152,10 @@
  *
  * NUMERICS
  *
- *     f32 arithmetic, online softmax in base 2 with exp2 accurate to 2e-7; means and scores in f32; results of
- *     different instruction sets agree within tolerance, not in bits. Denormals are treated as zero inside psa_score
- *     and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v reach only the rows that read them.
+ *     f32 arithmetic, online softmax in base 2 with exp2 accurate to 2e-7; means and scores in f32, pooled K and V
+ *     then rounded to their type; results of different instruction sets agree within tolerance, not in bits. Denormals
+ *     are treated as zero inside psa_score and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v
+ *     reach only the rows that read them.
  *
  * GGML
  *
@@ -3765,7 +3766,7 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
     for (int t = 0; t < tiles->n; t++) {
         int64_t width = tiles->nv[t] * p->leaves->lanes;
         p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, biased ? w->bias : NULL, w->s, w->top,
-                       NULL);
+                      NULL);
         for (int64_t i = 0; i < n; i++) {
             int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
             int32_t first[PSA_MAX_BLOCK_K];
@@ -3870,8 +3871,8 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     for (int64_t jk = 0; jk < n; jk += batch) {
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
-    p->leaves->row_mass(padded, lanes, together > 1 ? desc->block_q / desc->score_group[0] : padded, n, w->bm, sums ? w->bs : NULL, use_max,
-                        norm, w->m, w->l, row, p->nk);
+    p->leaves->row_mass(padded, lanes, together > 1 ? desc->block_q / desc->score_group[0] : padded, n, w->bm,
+                        sums ? w->bs : NULL, use_max, norm, w->m, w->l, row, p->nk);
     if (desc->mask == PSA_MASK_ERROR) {
         int64_t at = ((b * p->Hq + h) * p->nq + iq) * p->nk;
         psa__row_steps(p, lanes, padded, n, w, (uint16_t *)(void *)(base + p->at_steps) + at * p->n_levels);
