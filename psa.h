@@ -113,7 +113,8 @@
  *     desc.tree makes an order of its own for every head from the tokens themselves, in psa_prepare: they are bisected
  *     along their principal direction, the halves again, down to groups of 8, so that every block, and every group of
  *     8, 16, ... in it, holds tokens that are alike. Prefix and suffix stay in place. In the LOGIT metric keys are as
- *     far apart as their logits under the queries, queries as far as theirs under the keys.
+ *     far apart as their logits under the queries, queries as far as theirs under the keys. A tree looks only at the 16
+ *     axes along which the tokens of its head differ most.
  *
  * RECIPE (what lowers the error at equal cost; each part is optional and goes with every other one)
  *
@@ -140,8 +141,8 @@
  *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in their own type (less than a
  *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block,
  *     up to 64 for POOLED) floats. Linear in N for each of them but the maps, which have nq * nk entries. A tree takes
- *     4 bytes a token and head, and 9 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB a
- *     head.
+ *     4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB
+ *     a head.
  *
  * THREADS
  *
@@ -681,7 +682,9 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
 #define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
 #define PSA__TILE_K 64                  /* keys in an attention tile */
-#define PSA__NODE 128                   /* tokens of a tree's node that is split in a thread's own memory */
+#define PSA__AXES 16                    /* coordinates that a tree has of its tokens */
+#define PSA__TREE_SAMPLE 256            /* tokens that say which ones */
+#define PSA__FEW_PLACES 64              /* so many are compared each with each */
 #define PSA__PRICES 8192                /* steps of a price: 128 for each power of two from 2^-48 to 2^16 */
 #define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
 #define PSA__RESCALE 8.0f               /* accumulators are rescaled when a maximum grew by more than 2^8 */
@@ -886,12 +889,13 @@ typedef struct psa__few {
     int weights_only;           /* o is left to the caller */
 } psa__few;
 
-/* Rows of s at level score_group[1] and at the coarser ones, and what the predicted error of their block needs. */
+/* What the predicted errors of a block need beside the logits of its groups of keys. A coarser level's logit is that of
+ * its groups, each times its share, plus a shift. */
 typedef struct psa__errors {
-    int groups, fine, coarse;   /* groups of keys; levels up to theirs (without level 1), and above it */
-    int rows[PSA_MAX_LEVELS];   /* of s: groups first, then those of each coarser level */
+    int groups, rows;           /* of a whole block, and those that there are */
+    int fine, coarse;           /* levels up to that of the groups (without level 1), and above it */
     const float *mass, *noise;  /* [groups][fine]: ln cosh sqrt(2 h), 2 h */
-    const float *share;         /* [coarse][groups]: of a group in its coarser one */
+    const float *share, *shift; /* [coarse][groups]: of a group in its coarser one; of the coarser ones */
     float value[PSA_MAX_LEVELS]; /* [fine + coarse]: variance of v inside a level's groups, over that of the head */
     int64_t plane;              /* floats between two results of a lane */
 } psa__errors;
@@ -909,18 +913,22 @@ typedef struct psa__leaves {
     void (*to_f32)(float *dst, const void *src, psa_type type, int64_t n);
     void (*from_f32)(void *dst, psa_type type, const float *src, float factor, int64_t n);
 
-    /* pooling: dst = a + b; x *= factor; a.b; dst = wa * a + wb * b; sum of m * (a - b)^2 */
+    /* pooling: dst = a + b; x *= factor; dst = mean of n rows; a.b; dst = wa * a + wb * b; sum of m * (a - b)^2 */
     void (*sum)(float *dst, const float *a, const float *b, int64_t n);
     void (*scale)(float *x, float factor, int64_t n);
+    void (*mean)(float *dst, const float *const *rows, int64_t n, int64_t d);
     float (*dot)(const float *a, const float *b, int64_t n);
     void (*blend)(float *dst, const float *a, float wa, const float *b, float wb, int64_t n);
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
-    /* Trees: s[i] = u . row i, with u NULL row i . row i, for row pointers as in a tile (s has room for the padding);
-     * dst = sum of s[i] * row i; below[i] = whether s[i] is among the k smallest of n, ties by index. */
-    void (*project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d, float *s);
-    void (*combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst);
+    /* Trees. s[i] = row i . row i, for row pointers as in a tile. Points have PSA__AXES coordinates: u = the principal
+     * direction of n of them after so many power steps from the last less the first (n: a multiple of 16, if there are
+     * steps); s[i] = u . point i; below[i] = whether s[i] is among the k smallest of n, ties by index. There are points
+     * and there is s up to a multiple of 16. */
+    void (*squares)(const float *const *rows, int64_t n, int64_t d, float *s);
+    void (*principal)(const float *points, int64_t n, int steps, float *u);
+    void (*along)(const float *u, const float *points, int64_t n, float *s);
     void (*smallest)(const float *s, int64_t n, int64_t k, uint8_t *below);
 
     /* qt = scale * rows^T with rows[nv * lanes][d]; rows = ot^T with lane i scaled by scale[i] */
@@ -953,7 +961,7 @@ typedef struct psa__leaves {
 
     /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: the squared error of the
      * i-th level after 1, and last of skipping, relative to (exp2(bm) / denominator)^2. */
-    void (*block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x);
+    void (*block_error)(int nv, const float *s, const psa__errors *e, float *bm, float *bs, float *x);
     /* error[i][j] = sum over lanes of (z * exp2(bm - m))^2 * x[i] for the n_x planes x[n][lanes] of block_error; rows
      * of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
     void (*row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x, int64_t plane, const float *m,
@@ -1031,6 +1039,8 @@ PSA__ALWAYS_INLINE float PSA__(fma)(float a, float b, float c) { return a * b + 
 PSA__ALWAYS_INLINE float PSA__(max)(float a, float b) { return a > b ? a : b; } /* b if one is NaN */
 PSA__ALWAYS_INLINE float PSA__(min)(float a, float b) { return a < b ? a : b; }
 PSA__ALWAYS_INLINE int PSA__(any_greater)(float a, float b) { return a > b; }
+PSA__ALWAYS_INLINE float PSA__(tally)(float n, float a, float b) { return n + (a < b ? 1.0f : 0.0f); }
+PSA__ALWAYS_INLINE float PSA__(total)(float x) { return x; }
 PSA__ALWAYS_INLINE float PSA__(from_lane)(int first, float x, float other) { return first > 0 ? other : x; }
 PSA__ALWAYS_INLINE float PSA__(exp2)(float x) { return psa__exp2(x); }
 PSA__ALWAYS_INLINE void PSA__(transpose)(float *r) { (void)r; }
@@ -1070,6 +1080,20 @@ PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(min)(__m256 a, __m256 b) { return _m
 PSA__ALWAYS_INLINE PSA__TARGET int PSA__(any_greater)(__m256 a, __m256 b)
 {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
+/* The sum of the lanes */
+PSA__ALWAYS_INLINE PSA__TARGET float PSA__(total)(__m256 x)
+{
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+/* n, and 1 more where a < b */
+PSA__ALWAYS_INLINE PSA__TARGET __m256 PSA__(tally)(__m256 n, __m256 a, __m256 b)
+{
+    return _mm256_add_ps(n, _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ), _mm256_set1_ps(1.0f)));
 }
 
 /* x in lanes >= first, other below */
@@ -1191,6 +1215,18 @@ PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(min)(__m512 a, __m512 b) { return _m
 PSA__ALWAYS_INLINE PSA__TARGET int PSA__(any_greater)(__m512 a, __m512 b)
 {
     return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET float PSA__(total)(__m512 x)
+{
+    float lane[16]; /* g++ 12 warns inside its own header of what takes halves */
+    _mm512_storeu_ps(lane, x);
+    return psa__avx2_total(_mm256_add_ps(_mm256_loadu_ps(lane), _mm256_loadu_ps(lane + 8)));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(tally)(__m512 n, __m512 a, __m512 b)
+{
+    return _mm512_mask_add_ps(n, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), n, _mm512_set1_ps(1.0f));
 }
 
 /* x in lanes >= first, other below */
@@ -1325,6 +1361,15 @@ PSA__ALWAYS_INLINE float32x4_t PSA__(max)(float32x4_t a, float32x4_t b) /* b if 
 PSA__ALWAYS_INLINE float32x4_t PSA__(min)(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 PSA__ALWAYS_INLINE int PSA__(any_greater)(float32x4_t a, float32x4_t b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
 
+PSA__ALWAYS_INLINE float PSA__(total)(float32x4_t x) { return vaddvq_f32(x); }
+
+/* n, and 1 more where a < b */
+PSA__ALWAYS_INLINE float32x4_t PSA__(tally)(float32x4_t n, float32x4_t a, float32x4_t b)
+{
+    uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+    return vaddq_f32(n, vreinterpretq_f32_u32(vandq_u32(vcltq_f32(a, b), one)));
+}
+
 /* x in lanes >= first, other below */
 PSA__ALWAYS_INLINE float32x4_t PSA__(from_lane)(int first, float32x4_t x, float32x4_t other)
 {
@@ -1454,15 +1499,28 @@ static PSA__TARGET void PSA__(scale)(float *x, float factor, int64_t n)
     for (; i < n; i++) x[i] *= factor;
 }
 
-/* The sum of a vector's lanes, by halves. */
-PSA__ALWAYS_INLINE PSA__TARGET float PSA__(total)(PSA__V sum)
+/* `cols` vectors of the mean of n rows */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(mean_cols)(int cols, float *dst, const float *const *rows, int64_t n,
+                                                     int64_t at)
 {
-    float lane[PSA__W];
-    PSA__(store)(lane, sum);
-    for (int half = PSA__W / 2; half > 0; half /= 2) {
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    const PSA__V share = PSA__(splat)(1.0f / (float)n);
+    PSA__V sum[4];
+    PSA__UNROLL for (int x = 0; x < cols; x++) sum[x] = PSA__(load)(rows[0] + at + x * PSA__W);
+    for (int64_t i = 1; i < n; i++) {
+        PSA__UNROLL for (int x = 0; x < cols; x++) sum[x] = PSA__(add)(sum[x], PSA__(load)(rows[i] + at + x * PSA__W));
     }
-    return lane[0];
+    PSA__UNROLL for (int x = 0; x < cols; x++) PSA__(store)(dst + at + x * PSA__W, PSA__(mul)(sum[x], share));
+}
+
+static PSA__TARGET void PSA__(mean)(float *dst, const float *const *rows, int64_t n, int64_t d)
+{
+    int64_t at = 0;
+    for (; at + 4 * PSA__W <= d; at += 4 * PSA__W) PSA__(mean_cols)(4, dst, rows, n, at);
+    for (; at + PSA__W <= d; at += PSA__W) PSA__(mean_cols)(1, dst, rows, n, at);
+    for (; at < d; at++) {
+        dst[at] = 0.0f;
+        for (int64_t i = 0; i < n; i++) dst[at] += rows[i][at] / (float)n;
+    }
 }
 
 static PSA__TARGET float PSA__(dot)(const float *a, const float *b, int64_t n)
@@ -1868,132 +1926,167 @@ static PSA__TARGET void PSA__(few)(const psa__few *x)
     }
 }
 
-/* row . row of PSA__W rows */
-PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(squares)(psa_type type, const float *const *rows, int64_t d)
+/* acc[i] += the squares of `lanes` elements of row i from `at` on */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(add_squares)(int lanes, const float *const *rows, int64_t at, PSA__V *acc)
+{
+    PSA__UNROLL for (int i = 0; i < PSA__W; i++) {
+        const PSA__V x = PSA__(load_lanes)(lanes, PSA_F32, rows[i], at);
+        acc[i] = PSA__(fma)(x, x, acc[i]);
+    }
+}
+
+static PSA__TARGET void PSA__(squares)(const float *const *rows, int64_t n, int64_t d, float *s)
 {
     enum { W = PSA__W };
-    PSA__V acc[W];
-    int64_t at = 0;
-    PSA__UNROLL for (int i = 0; i < W; i++) acc[i] = PSA__(splat)(0.0f);
-    for (; at + W <= d; at += W) {
-        PSA__UNROLL for (int i = 0; i < W; i++) {
-            const PSA__V x = PSA__(load_as)(type, rows[i], at);
-            acc[i] = PSA__(fma)(x, x, acc[i]);
-        }
+    for (int64_t i = 0; i < n; i += W) {
+        PSA__V acc[W];
+        int64_t at = 0;
+        PSA__UNROLL for (int r = 0; r < W; r++) acc[r] = PSA__(splat)(0.0f);
+        for (; at + W <= d; at += W) PSA__(add_squares)(W, rows + i, at, acc);
+        if (W > 8 && at < d) PSA__(add_squares)(8, rows + i, at, acc);
+        PSA__(store)(s + i, PSA__(sums)(acc));
     }
-    if (at < d) {
-        PSA__UNROLL for (int i = 0; i < W; i++) {
-            const PSA__V x = PSA__(load_lanes)(8, type, rows[i], at);
-            acc[i] = PSA__(fma)(x, x, acc[i]);
+}
+
+/* u . point of PSA__W points */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(dots)(const PSA__V *u, const float *point)
+{
+    PSA__V acc[PSA__W];
+    PSA__UNROLL for (int i = 0; i < PSA__W; i++, point += PSA__AXES) {
+        acc[i] = PSA__(mul)(PSA__(load)(point), u[0]);
+        PSA__UNROLL for (int c = 1; c < PSA__AXES / PSA__W; c++) {
+            acc[i] = PSA__(fma)(PSA__(load)(point + c * PSA__W), u[c], acc[i]);
         }
     }
     return PSA__(sums)(acc);
 }
 
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(project_as)(psa_type type, const float *u, const float *const *rows,
-                                                      int64_t n, int64_t d, float *s)
+static PSA__TARGET void PSA__(along)(const float *u, const float *points, int64_t n, float *s)
 {
-    for (int64_t i = 0; u && i < n; i += PSA__W) {
-        PSA__(store)(s + i, PSA__(few_dots)(type, 1, u, rows + i, rows + i, d));
-    }
-    for (int64_t i = 0; !u && i < n; i += PSA__W) PSA__(store)(s + i, PSA__(squares)(type, rows + i, d));
+    PSA__V direction[PSA__AXES / PSA__W];
+    PSA__UNROLL for (int c = 0; c < PSA__AXES / PSA__W; c++) direction[c] = PSA__(load)(u + c * PSA__W);
+    for (int64_t i = 0; i < n; i += PSA__W) PSA__(store)(s + i, PSA__(dots)(direction, points + i * PSA__AXES));
 }
 
-static PSA__TARGET void PSA__(project)(psa_type type, const float *u, const float *const *rows, int64_t n, int64_t d,
-                                       float *s)
+/* to = sum over n points y of (u . y) y, or of y if u is NULL; returns the sum of u . y. */
+PSA__ALWAYS_INLINE PSA__TARGET float PSA__(weighted)(const float *points, int64_t n, const PSA__V *u, PSA__V *to)
 {
-    if (type == PSA_F16) PSA__(project_as)(PSA_F16, u, rows, n, d, s);
-    else if (type == PSA_BF16) PSA__(project_as)(PSA_BF16, u, rows, n, d, s);
-    else PSA__(project_as)(PSA_F32, u, rows, n, d, s);
-}
-
-/* cols vectors of dst from element `at` on */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(combine_cols)(int cols, const float *s, const float *const *rows, int64_t n,
-                                                        int64_t at, float *dst)
-{
-    PSA__V acc[4];
-    PSA__UNROLL for (int x = 0; x < cols; x++) acc[x] = PSA__(splat)(0.0f);
-    for (int64_t i = 0; i < n; i++) {
-        const PSA__V weight = PSA__(splat)(s[i]);
-        PSA__UNROLL for (int x = 0; x < cols; x++) {
-            acc[x] = PSA__(fma)(PSA__(load)(rows[i] + at + x * PSA__W), weight, acc[x]);
+    enum { W = PSA__W, VECTORS = PSA__AXES / W, SUMS = VECTORS > 4 ? VECTORS : 4 };
+    PSA__V sum[SUMS], places = PSA__(splat)(0.0f);
+    PSA__UNROLL for (int i = 0; i < SUMS; i++) sum[i] = places;
+    for (int64_t i = 0; i < n; i += W, points += W * PSA__AXES) {
+        const PSA__V place = u ? PSA__(dots)(u, points) : PSA__(splat)(1.0f);
+        float lane[W];
+        places = PSA__(add)(places, place);
+        PSA__(store)(lane, place);
+        PSA__UNROLL for (int x = 0; x < W * VECTORS; x++) {
+            const PSA__V y = PSA__(load)(points + x * W);
+            sum[x % SUMS] = PSA__(fma)(y, PSA__(splat)(lane[x / VECTORS]), sum[x % SUMS]);
         }
     }
-    PSA__UNROLL for (int x = 0; x < cols; x++) PSA__(store)(dst + at + x * PSA__W, acc[x]);
+    PSA__UNROLL for (int i = VECTORS; i < SUMS; i++) sum[i % VECTORS] = PSA__(add)(sum[i % VECTORS], sum[i]);
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) to[c] = sum[c];
+    return PSA__(total)(places);
 }
 
-static PSA__TARGET void PSA__(combine)(const float *s, const float *const *rows, int64_t n, int64_t d, float *dst)
+static PSA__TARGET void PSA__(principal)(const float *points, int64_t n, int steps, float *u)
 {
-    int64_t at = 0;
-    for (; at + 4 * PSA__W <= d; at += 4 * PSA__W) PSA__(combine_cols)(4, s, rows, n, at, dst);
-    for (; at + PSA__W <= d; at += PSA__W) PSA__(combine_cols)(1, s, rows, n, at, dst);
-    for (; at < d; at++) {
-        dst[at] = 0.0f;
-        for (int64_t i = 0; i < n; i++) dst[at] += s[i] * rows[i][at];
+    enum { VECTORS = PSA__AXES / PSA__W };
+    PSA__V direction[VECTORS], all[VECTORS];
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
+        PSA__V last = PSA__(load)(points + (n - 1) * PSA__AXES + c * PSA__W);
+        direction[c] = PSA__(sub)(last, PSA__(load)(points + c * PSA__W));
     }
+    if (steps > 0) PSA__(weighted)(points, n, NULL, all);
+    for (int step = 0; step < steps; step++) { /* direction <- sum of (place - mean place) * point */
+        PSA__V next[VECTORS], square = PSA__(splat)(0.0f);
+        float mean = PSA__(weighted)(points, n, direction, next) / (float)n, norm;
+        PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
+            direction[c] = PSA__(fma)(all[c], PSA__(splat)(-mean), next[c]);
+            square = PSA__(fma)(direction[c], direction[c], square);
+        }
+        norm = PSA__(total)(square);
+        norm = norm > 0 && psa__finite(norm) ? 1.0f / sqrtf(norm) : 0.0f;
+        PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
+            direction[c] = norm > 0 ? PSA__(mul)(direction[c], PSA__(splat)(norm)) : PSA__(splat)(0.0f);
+        }
+    }
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) PSA__(store)(u + c * PSA__W, direction[c]);
 }
 
-/* How many of s[n] are below x: (x - s) * 2^252, clamped to [0,1], counts them. */
-PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_t n, float x)
+static PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_t n, float x)
 {
-    const PSA__V limit = PSA__(splat)(x), zero = PSA__(splat)(0.0f), one = PSA__(splat)(1.0f);
-    const PSA__V steep = PSA__(splat)(8.507059173e+37f);
-    PSA__V sum = zero;
+    const PSA__V limit = PSA__(splat)(x);
+    PSA__V sum[4];
     int64_t i = 0, count;
-    for (; i + PSA__W <= n; i += PSA__W) {
-        PSA__V below = PSA__(mul)(PSA__(mul)(PSA__(sub)(limit, PSA__(load)(s + i)), steep), steep);
-        sum = PSA__(add)(sum, PSA__(min)(PSA__(max)(below, zero), one));
+    PSA__UNROLL for (int j = 0; j < 4; j++) sum[j] = PSA__(splat)(0.0f);
+    for (; i + 4 * PSA__W <= n; i += 4 * PSA__W) {
+        PSA__UNROLL for (int j = 0; j < 4; j++) {
+            sum[j] = PSA__(tally)(sum[j], PSA__(load)(s + i + j * PSA__W), limit);
+        }
     }
-    count = (int64_t)PSA__(total)(sum);
+    PSA__UNROLL for (int j = 1; j < 4; j++) sum[0] = PSA__(add)(sum[0], sum[j]);
+    count = (int64_t)PSA__(total)(sum[0]);
     for (; i < n; i++) count += s[i] < x;
     return count;
 }
 
-/* Few are sorted by insertion, many bisected for a value with k below it or, with ties, for the one that is k-th. */
+/* Whether each of a few values has fewer than k below it; returns how many have: more than k with ties. */
+PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(smallest_few)(const float *s, int64_t n, int64_t k, uint8_t *below)
+{
+    float rank[PSA__FEW_PLACES + PSA__W];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += PSA__W) {
+        const PSA__V own = PSA__(load)(s + i);
+        PSA__V less[4];
+        int64_t j = 0;
+        PSA__UNROLL for (int x = 0; x < 4; x++) less[x] = PSA__(splat)(0.0f);
+        for (; j + 4 <= n; j += 4) {
+            PSA__UNROLL for (int x = 0; x < 4; x++) less[x] = PSA__(tally)(less[x], PSA__(splat)(s[j + x]), own);
+        }
+        for (; j < n; j++) less[0] = PSA__(tally)(less[0], PSA__(splat)(s[j]), own);
+        less[0] = PSA__(add)(PSA__(add)(less[0], less[1]), PSA__(add)(less[2], less[3]));
+        PSA__(store)(rank + i, less[0]);
+    }
+    for (int64_t i = 0; i < n; i++) count += below[i] = rank[i] < (float)k;
+    return count;
+}
+
+/* Many, or some with ties, are bisected for a value with k below it or, with ties, for the one that is k-th. */
 static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, uint8_t *below)
 {
-    enum { FEW = 16 };
-    float low = s[0], high = s[0], sorted[FEW];
+    float low = s[0], high = s[0], lane[PSA__W];
+    PSA__V least = PSA__(splat)(s[0]), most = least;
     int64_t count = 0;
-    if (n <= FEW) {
-        for (int64_t i = 0, j; i < n; i++) {
-            for (j = i; j > 0 && !(sorted[j - 1] <= s[i]); j--) sorted[j] = sorted[j - 1];
-            sorted[j] = s[i];
-        }
-        low = high = sorted[k - 1];
-    } else {
-        PSA__V least = PSA__(load)(s), most = least;
-        float lane[PSA__W];
-        for (int64_t i = 0; i + PSA__W <= n; i += PSA__W) {
-            least = PSA__(min)(PSA__(load)(s + i), least);
-            most = PSA__(max)(PSA__(load)(s + i), most);
-        }
-        PSA__(store)(lane, least);
-        for (int j = 0; j < PSA__W; j++) low = lane[j] < low ? lane[j] : low;
-        PSA__(store)(lane, most);
-        for (int j = 0; j < PSA__W; j++) high = lane[j] > high ? lane[j] : high;
-        for (int64_t i = n - n % PSA__W; i < n; i++) {
-            low = s[i] < low ? s[i] : low;
-            high = s[i] > high ? s[i] : high;
-        }
-        for (int64_t round = 0, above = n; count != k; round++) { /* count are below low, `above` below high or at it */
-            float share = round % 3 == 2 ? 0.5f : ((float)(k - count) + 0.5f) / (float)(above - count + 1);
-            float middle = low + share * (high - low);
-            int64_t there;
-            if (!(middle > low && middle < high)) middle = low + 0.5f * (high - low);
-            if (!(middle > low && middle < high)) break;
-            there = PSA__(count_below)(s, n, middle);
-            if (there > k) {
-                high = middle;
-                above = there;
-            } else {
-                low = middle;
-                count = there;
-            }
+    if (n <= PSA__FEW_PLACES && PSA__(smallest_few)(s, n, k, below) == k) return;
+    for (int64_t i = 0; i + PSA__W <= n; i += PSA__W) {
+        least = PSA__(min)(PSA__(load)(s + i), least);
+        most = PSA__(max)(PSA__(load)(s + i), most);
+    }
+    PSA__(store)(lane, least);
+    for (int j = 0; j < PSA__W; j++) low = lane[j] < low ? lane[j] : low;
+    PSA__(store)(lane, most);
+    for (int j = 0; j < PSA__W; j++) high = lane[j] > high ? lane[j] : high;
+    for (int64_t i = n - n % PSA__W; i < n; i++) {
+        low = s[i] < low ? s[i] : low;
+        high = s[i] > high ? s[i] : high;
+    }
+    for (int64_t round = 0, above = n; count != k; round++) { /* count are below low, `above` below high or at it */
+        float share = round % 3 == 2 ? 0.5f : ((float)(k - count) + 0.5f) / (float)(above - count + 1);
+        float middle = low + share * (high - low);
+        int64_t there;
+        if (!(middle > low && middle < high)) middle = low + 0.5f * (high - low);
+        if (!(middle > low && middle < high)) break;
+        there = PSA__(count_below)(s, n, middle);
+        if (there > k) {
+            high = middle;
+            above = there;
+        } else {
+            low = middle;
+            count = there;
         }
     }
-    count = 0;
-    for (int64_t i = 0; i < n; i++) count += below[i] = s[i] < low;
+    for (int64_t i = 0; i < n; i++) below[i] = s[i] < low;
     for (float tie = low; count < k; tie = tie < high ? high : INFINITY) {
         for (int64_t i = 0; i < n && count < k; i++) {
             if (!below[i] && !(s[i] > tie)) count += below[i] = 1; /* NaN too: it ends */
@@ -2001,11 +2094,16 @@ static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, ui
     }
 }
 
-/* A logit as scoring sees it: NaN and what the lanes below first do not see is -BIG, the rest lies within +-BIG. */
+/* A logit as scoring takes it: NaN is -BIG, the rest lies within +-BIG. */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(tamed)(PSA__V x)
+{
+    return PSA__(min)(PSA__(max)(x, PSA__(splat)(-PSA__BIG)), PSA__(splat)(PSA__BIG));
+}
+
+/* The same, and -BIG in the lanes below first, which do not see it. */
 PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(seen)(const float *s, int first)
 {
-    const PSA__V low = PSA__(splat)(-PSA__BIG);
-    return PSA__(from_lane)(first, PSA__(min)(PSA__(max)(PSA__(load)(s), low), PSA__(splat)(PSA__BIG)), low);
+    return PSA__(from_lane)(first, PSA__(tamed)(PSA__(load)(s)), PSA__(splat)(-PSA__BIG));
 }
 
 static PSA__TARGET void PSA__(block_max)(int nv, const float *s, int64_t n, const int32_t *first, float *bm, float *bs)
@@ -2079,58 +2177,59 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
     }
 }
 
-/* sum over the groups of (mass of the group - its share in what stands for it at a coarser level)^2; *seen becomes the
- * mass at that level. */
-PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(misplaced)(const psa__errors *e, int level, const float *group,
-                                                       const float *coarser, int64_t step, PSA__V top, PSA__V *seen)
+/* The error of the i-th level after that of the groups, whose logits are s: what the level leaves out, and what it
+ * gives to the wrong group. */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(coarse_error)(const psa__errors *e, int i, const float *s, int64_t step,
+                                                          const PSA__V *mass, PSA__V top, PSA__V all, PSA__V inside)
 {
-    PSA__V sum = PSA__(splat)(0.0f);
-    *seen = sum;
-    for (int t = 0; t < e->rows[1 + level]; t++, coarser += step) {
-        const PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(coarser, 0), top));
-        int end = (t + 1) << (level + 1);
-        *seen = PSA__(add)(*seen, mass);
-        for (int g = t << (level + 1); g < end && g < e->rows[0]; g++) {
-            PSA__V share = PSA__(mul)(mass, PSA__(splat)(e->share[level * e->groups + g]));
-            PSA__V off = PSA__(sub)(PSA__(load)(group + g * step), share);
-            sum = PSA__(fma)(off, off, sum);
+    const float *share = e->share + i * e->groups, *shift = e->shift + i * e->groups;
+    PSA__V off = PSA__(splat)(0.0f), missed = all;
+    for (int begin = 0, end; begin < e->rows; begin = end) {
+        PSA__V logit = PSA__(splat)(*shift++), whole;
+        end = begin + (2 << i) < e->rows ? begin + (2 << i) : e->rows;
+        for (int g = begin; g < end; g++) {
+            logit = PSA__(fma)(PSA__(load)(s + g * step), PSA__(splat)(share[g]), logit);
+        }
+        whole = PSA__(exp2)(PSA__(sub)(PSA__(tamed)(logit), top));
+        missed = PSA__(sub)(missed, whole);
+        for (int g = begin; g < end; g++) {
+            const PSA__V apart = PSA__(sub)(mass[g], PSA__(mul)(whole, PSA__(splat)(share[g])));
+            off = PSA__(fma)(apart, apart, off);
         }
     }
-    return sum;
+    return PSA__(fma)(missed, missed, PSA__(fma)(off, PSA__(splat)(e->value[e->fine + i]), inside));
 }
 
-static PSA__TARGET void PSA__(block_error)(int nv, float *s, const psa__errors *e, float *bm, float *bs, float *x)
+static PSA__TARGET void PSA__(block_error)(int nv, const float *s, const psa__errors *e, float *bm, float *bs, float *x)
 {
     int64_t step = nv * PSA__W;
-    for (int j = 0; j < nv; j++, bm += PSA__W, bs += PSA__W, x += PSA__W) {
+    for (int j = 0; j < nv; j++, s += PSA__W, bm += PSA__W, bs += PSA__W, x += PSA__W) {
+        PSA__V mass[PSA_MAX_BLOCK_K / 2], square[PSA_MAX_BLOCK_K / 2];
         PSA__V top = PSA__(splat)(-PSA__BIG), all = PSA__(splat)(0.0f), inside = all;
-        float *group = s + j * PSA__W, *coarser = group + e->rows[0] * step;
-        for (int g = 0; g < e->rows[0]; g++) top = PSA__(max)(PSA__(seen)(group + g * step, 0), top);
-        for (int g = 0; g < e->rows[0]; g++) {
-            PSA__V mass = PSA__(exp2)(PSA__(sub)(PSA__(seen)(group + g * step, 0), top));
-            PSA__(store)(group + g * step, mass);
-            all = PSA__(add)(all, mass);
+        float *to = x;
+        for (int g = 0; g < e->rows; g++) top = PSA__(max)(PSA__(load)(s + g * step), top);
+        top = PSA__(tamed)(top);
+        for (int g = 0; g < e->rows; g++) {
+            mass[g] = PSA__(exp2)(PSA__(sub)(PSA__(tamed)(PSA__(load)(s + g * step)), top));
+            square[g] = PSA__(mul)(mass[g], mass[g]);
+            all = PSA__(add)(all, mass[g]);
         }
         PSA__(store)(bm, top);
         PSA__(store)(bs, all);
-        for (int i = 0; i < e->fine; i++) { /* mass that a group misses, and values that it mixes up */
+        for (int i = 0; i < e->fine; i++, to += e->plane) { /* mass that a group misses, and values that it mixes up */
+            const float *miss = e->mass + i, *mix = e->noise + i;
             PSA__V missed = PSA__(splat)(0.0f), noise = missed;
-            for (int g = 0; g < e->rows[0]; g++) {
-                const PSA__V mass = PSA__(load)(group + g * step);
-                missed = PSA__(fma)(mass, PSA__(splat)(e->mass[g * e->fine + i]), missed);
-                noise = PSA__(fma)(PSA__(mul)(mass, mass), PSA__(splat)(e->noise[g * e->fine + i]), noise);
+            for (int g = 0; g < e->rows; g++, miss += e->fine, mix += e->fine) {
+                missed = PSA__(fma)(mass[g], PSA__(splat)(*miss), missed);
+                noise = PSA__(fma)(square[g], PSA__(splat)(*mix), noise);
             }
             inside = PSA__(mul)(noise, PSA__(splat)(e->value[i]));
-            PSA__(store)(x + i * e->plane, PSA__(fma)(missed, missed, inside));
+            PSA__(store)(to, PSA__(fma)(missed, missed, inside));
         }
-        for (int i = 0; i < e->coarse; i++) {
-            PSA__V seen, off = PSA__(misplaced)(e, i, group, coarser, step, top, &seen);
-            PSA__V missed = PSA__(sub)(all, seen);
-            off = PSA__(fma)(off, PSA__(splat)(e->value[e->fine + i]), inside);
-            PSA__(store)(x + (e->fine + i) * e->plane, PSA__(fma)(missed, missed, off));
-            coarser += e->rows[1 + i] * step;
+        for (int i = 0; i < e->coarse; i++, to += e->plane) {
+            PSA__(store)(to, PSA__(coarse_error)(e, i, s, step, mass, top, all, inside));
         }
-        PSA__(store)(x + (e->fine + e->coarse) * e->plane, PSA__(mul)(all, all));
+        PSA__(store)(to, PSA__(mul)(all, all));
     }
 }
 
@@ -2156,9 +2255,7 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, cons
                     total[y] = PSA__(fma)(PSA__(load)(factor + y * lanes + i), PSA__(load)(row + i), total[y]);
                 }
             }
-            PSA__(transpose)(total);
-            PSA__UNROLL for (int y = 1; y < PSA__W; y++) total[0] = PSA__(add)(total[0], total[y]);
-            PSA__(store)(error + at * n_row + j, total[0]);
+            PSA__(store)(error + at * n_row + j, PSA__(sums)(total));
         }
     }
 }
@@ -2173,10 +2270,10 @@ static const psa__leaves PSA__(leaves) = {
 #else
     "neon",
 #endif
-    PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(dot), PSA__(blend), PSA__(spread),
-    PSA__(moments), PSA__(project), PSA__(combine), PSA__(smallest), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide),
-    PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max), PSA__(row_mass), PSA__(block_error), PSA__(row_error),
-    PSA__(denormals_off), PSA__(denormals_restore)};
+    PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend),
+    PSA__(spread), PSA__(moments), PSA__(squares), PSA__(principal), PSA__(along), PSA__(smallest), PSA__(pack),
+    PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max), PSA__(row_mass),
+    PSA__(block_error), PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -2693,24 +2790,50 @@ typedef struct psa__scratch {
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
 
     float *x;            /* [n_levels][nk][lanes]: mask ERROR, results of block_error */
-    float variance;      /* of the values of the KV head that is scored, in total */
+    psa__errors *errors; /* [nk] of the KV head that is scored */
+    float *shift;        /* [nk][psa__shift_size] theirs */
     float *error;        /* [n_levels][nk+16]: predicted error of every block at levels 2, 4, ... and skipped */
     uint16_t *steps;     /* [nk][PSA_MAX_LEVELS]: prices at which a block leaves a level */
     uint8_t *full;       /* [nk]: blocks that are level 1 whatever they cost */
 
-    float *node;         /* [PSA__NODE][D] rows of a tree's node */
-    const float **node_row;  /* [PSA__NODE] */
-    float *direction, *next; /* [D], padded */
-    float *metric, *root;    /* [D][D] the metric, and its Cholesky factor */
-    const float **metric_row, **root_row; /* [D], padded */
-    float *place;        /* [N] projections */
+    float *sample[2];    /* [PSA__TREE_SAMPLE][D]: of a tree's tokens, and of those that see them */
+    float *axes[2];      /* [PSA__AXES][D] */
+    float *point;        /* [N][PSA__AXES]: a tree's tokens, in its order */
+    float *place;        /* [N] along a direction */
     uint8_t *left;       /* [N] */
-    int32_t *token;      /* [N] */
+    int32_t *move;       /* [N+1] */
 
     float *score;        /* [nk] rows of the score map that are made together */
     uint32_t *rank[2];   /* [nk] blocks in rank order, and sorting space */
     uint32_t *key[2];    /* [nk] sort keys */
 } psa__scratch;
+
+/* What mask ERROR keeps of a KV block, in floats: the arrays of psa__errors, but value as the variances themselves. */
+static int64_t psa__spread_size(const psa_plan *p)
+{
+    int64_t groups = p->desc.block_k / p->desc.score_group[1], fine = psa__log2(p->desc.score_group[1]);
+    return groups * (2 * fine + p->n_levels - 1 - fine) + p->n_levels - 1;
+}
+
+static psa__errors psa__errors_layout(const psa_plan *p, float *at)
+{
+    psa__errors e;
+    memset(&e, 0, sizeof e);
+    e.groups = (int)(p->desc.block_k / p->desc.score_group[1]);
+    e.fine = psa__log2(p->desc.score_group[1]);
+    e.coarse = p->n_levels - 1 - e.fine;
+    e.mass = at;
+    e.noise = at + e.groups * e.fine;
+    e.share = at + e.groups * 2 * e.fine;
+    return e;
+}
+
+/* Shifts of a KV block. */
+static int64_t psa__shift_size(const psa_plan *p)
+{
+    int64_t fine = psa__log2(p->desc.score_group[1]);
+    return (p->desc.block_k >> fine) * (p->n_levels - 1 - fine);
+}
 
 /* Lays the scratch out from base (NULL: only counts) and returns its size. */
 static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w)
@@ -2725,7 +2848,6 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     int tree = scored && p->desc.tree != PSA_TREE_NONE;
     uintptr_t b = (uintptr_t)base;
     psa__scratch s;
-    s.variance = 0;
     s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * d, f));
     s.s = (float *)(b + psa__take(&at, keys * 64, f));
     s.m = (float *)(b + psa__take(&at, lanes, f));
@@ -2743,20 +2865,19 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.bm = (float *)(b + psa__take(&at, pairs, f));
     s.bs = (float *)(b + psa__take(&at, pairs, f));
     s.x = (float *)(b + psa__take(&at, errors ? psa__mul(pairs, (size_t)p->n_levels) : 0, f));
+    s.errors = (psa__errors *)(b + psa__take(&at, errors ? nk : 0, sizeof(psa__errors)));
+    s.shift = (float *)(b + psa__take(&at, errors ? psa__mul(nk, (size_t)psa__shift_size(p)) : 0, f));
     s.error = (float *)(b + psa__take(&at, errors ? psa__mul(nk + 16, (size_t)p->n_levels) : 0, f));
     s.steps = (uint16_t *)(b + psa__take(&at, priced ? psa__mul(nk, PSA_MAX_LEVELS) : 0, sizeof(uint16_t)));
     s.full = (uint8_t *)(b + psa__take(&at, priced ? nk : 0, 1));
-    s.node = (float *)(b + psa__take(&at, tree ? (PSA__NODE + 64) * d : 0, f));
-    s.node_row = (const float **)(b + psa__take(&at, tree ? PSA__NODE + PSA__PAD_K : 0, sizeof(float *)));
-    s.direction = (float *)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, f));
-    s.next = (float *)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, f));
-    s.metric = (float *)(b + psa__take(&at, tree ? d * d : 0, f));
-    s.root = (float *)(b + psa__take(&at, tree ? d * d : 0, f));
-    s.metric_row = (const float **)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, sizeof(float *)));
-    s.root_row = (const float **)(b + psa__take(&at, tree ? d + PSA__PAD_K : 0, sizeof(float *)));
+    for (int i = 0; i < 2; i++) {
+        s.sample[i] = (float *)(b + psa__take(&at, tree ? PSA__TREE_SAMPLE * d : 0, f));
+        s.axes[i] = (float *)(b + psa__take(&at, tree ? PSA__AXES * d : 0, f));
+    }
+    s.point = (float *)(b + psa__take(&at, tree ? psa__mul(tokens + PSA__PAD_K, PSA__AXES) : 0, f));
     s.place = (float *)(b + psa__take(&at, tree ? tokens + PSA__PAD_K : 0, f));
     s.left = (uint8_t *)(b + psa__take(&at, tree ? tokens : 0, 1));
-    s.token = (int32_t *)(b + psa__take(&at, tree ? tokens : 0, sizeof(int32_t)));
+    s.move = (int32_t *)(b + psa__take(&at, tree ? tokens + 1 : 0, sizeof(int32_t)));
     s.score = (float *)(b + psa__take(&at, scored ? psa__mul(nk, (size_t)psa__score_together(p)) : 0, f));
     for (int i = 0; i < 2; i++) {
         s.rank[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
@@ -2770,26 +2891,6 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
 static int psa__weighted(const psa_plan *p)
 {
     return p->n_levels > 1 && (p->desc.tilt || p->desc.mask == PSA_MASK_ERROR);
-}
-
-/* What mask ERROR keeps of a KV block, in floats: the arrays of psa__errors, but value as the variances themselves. */
-static int64_t psa__spread_size(const psa_plan *p)
-{
-    int64_t groups = p->desc.block_k / p->desc.score_group[1], fine = psa__log2(p->desc.score_group[1]);
-    return groups * (2 * fine + p->n_levels - 1 - fine) + p->n_levels - 1;
-}
-
-static psa__errors psa__errors_layout(const psa_plan *p, float *at)
-{
-    psa__errors e;
-    memset(&e, 0, sizeof e);
-    e.groups = p->desc.block_k / p->desc.score_group[1];
-    e.fine = psa__log2(p->desc.score_group[1]);
-    e.coarse = p->n_levels - 1 - e.fine;
-    e.mass = at;
-    e.noise = at + e.groups * e.fine;
-    e.share = at + e.groups * 2 * e.fine;
-    return e;
 }
 
 static psa_result psa__plan_work(psa_plan *p)
@@ -2984,16 +3085,17 @@ static int64_t psa__n_whole(const psa_plan *p, int64_t iq)
 
 /* ---- the queries of a KV head: mean and variance ---- */
 
-/* The n rows of a head from token i on: w->kp, as they are; finite[i] whether a row is without NaN and Inf (and not too
- * long for its square). n: at most PSA_MAX_BLOCK_K. */
+/* The n rows of a head from token i on: w->kp, as f32; finite[i] whether a row is without NaN and Inf (and not too long
+ * for its square). n: at most PSA_MAX_BLOCK_K. */
 static void psa__finite_rows(const psa_plan *p, const psa_tensor *t, const char *head, int64_t i, int64_t n,
                              psa__scratch *w, uint8_t *finite)
 {
     float square[PSA_MAX_BLOCK_K + PSA__PAD_K];
-    for (int64_t x = 0; x < n + PSA__PAD_K; x++) {
-        w->kp[x] = (const float *)(const void *)(head + (size_t)(i + psa__min(x, n - 1)) * t->nb[1]);
+    for (int64_t x = 0; x < n; x++) {
+        w->kp[x] = psa__row_f32(p, t, head + (size_t)(i + x) * t->nb[1], w->k + x * t->ne[0]);
     }
-    p->leaves->project(t->type, NULL, w->kp, n, t->ne[0], square);
+    for (int64_t x = n; x < n + PSA__PAD_K; x++) w->kp[x] = w->kp[n - 1];
+    p->leaves->squares(w->kp, n, t->ne[0], square);
     for (int64_t x = 0; x < n; x++) finite[x] = (uint8_t)psa__finite(square[x]);
 }
 
@@ -3012,8 +3114,7 @@ static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int6
         memset(some, 0, sizeof some);
         for (int64_t x = 0; x < m; x++) {
             if (!finite[x]) continue;
-            p->leaves->moments(some[0], some[1], psa__row_f32(p, &p->q, (const char *)(const void *)w->kp[x], w->k),
-                               p->D);
+            p->leaves->moments(some[0], some[1], w->kp[x], p->D);
             n++;
         }
         for (int64_t j = 0; j < p->D; j++) sum[j] += some[0][j], square[j] += some[1][j];
@@ -3027,243 +3128,219 @@ static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int6
 
 /* ---- trees: balanced bisection along the principal direction, down to groups of 8 ---- */
 
-typedef struct psa__tree {
-    const psa_plan *p;
-    psa__scratch *w;
-    const psa_tensor *t;   /* the tokens: q or k */
-    const char *head;      /* the head's first row */
-    int32_t *index;        /* its order */
-} psa__tree;
-
 /* The i-th of n out of `size`: one from each n-th part, at random, so that no grid of tokens falls in step. */
 static int64_t psa__tree_sample(int64_t i, int64_t n, int64_t size)
 {
     int64_t first = i * size / n, end = (i + 1) * size / n;
-    return first + (int64_t)(psa__random(0, (uint64_t)i) % (uint64_t)(end - first));
+    return first + (int64_t)((psa__random(0, (uint64_t)i) >> 32) * (uint64_t)(end - first) >> 32);
 }
 
-/* n of the `size` tokens at positions begin, begin + 1, ...: w->node_row, f32. */
-static void psa__tree_gather(psa__tree *t, int64_t begin, int64_t size, int64_t n)
+/* A sample of tokens first, ..., first + size - 1 of n_heads heads from h on, as f32, without those that are not
+ * finite, less their mean if centred, of length 1 on the average: rows[n][D]. Returns n. */
+static int64_t psa__tree_gather(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t h,
+                                int64_t n_heads, int64_t first, int64_t size, int centred, float *rows)
 {
-    psa__scratch *w = t->w;
-    int64_t d = t->t->ne[0];
-    for (int64_t i = 0; i < n; i++) {
-        const char *row = t->head + (size_t)t->index[begin + psa__tree_sample(i, n, size)] * t->t->nb[1];
-        w->node_row[i] = psa__row_f32(t->p, t->t, row, w->node + i * d);
-    }
-    for (int64_t i = n; i < n + PSA__PAD_K; i++) w->node_row[i] = w->node_row[0];
-}
-
-/* w->metric = E[x x^T] over a sample of the rows of n_heads heads from h on, less their mean if centred; w->root its
- * Cholesky factor L, so that |L^T y|^2 = y^T metric y. */
-static void psa__tree_metric(const psa_plan *p, psa__scratch *w, const psa_tensor *t, const void *data, int64_t b,
-                             int64_t h, int64_t n_heads, int centred)
-{
-    enum { SAMPLES = 512 };
     const psa__leaves *f = p->leaves;
-    int64_t d = p->D, total = n_heads * t->ne[1], samples = psa__min(total, SAMPLES), n = 0, all = 0;
-    float weight[PSA__NODE], mean[PSA_MAX_D] = {0};
-    memset(w->metric, 0, (size_t)(d * d) * sizeof(float));
+    int64_t d = p->D, samples = psa__min(n_heads * size, PSA__TREE_SAMPLE), n = 0;
+    float mean[PSA_MAX_D] = {0};
+    double squares = 0;
     for (int64_t i = 0; i < samples; i++) {
-        int64_t at = psa__tree_sample(i, samples, total);
-        const char *row = (const char *)data + psa__offset(t, b, h + at / t->ne[1], at % t->ne[1]);
-        f->to_f32(w->node + n * d, row, t->type, d);
-        w->node_row[n] = w->node + n * d;
-        n += psa__finite(f->dot(w->node + n * d, w->node + n * d, d));
-        if (n < PSA__NODE && i + 1 < samples) continue;
-        for (int64_t x = 0; x < d; x++) {
-            for (int64_t y = 0; y < n; y++) weight[y] = w->node[y * d + x];
-            f->combine(weight, w->node_row, n, d, w->next);
-            f->sum(w->metric + x * d, w->metric + x * d, w->next, d);
+        int64_t at = psa__tree_sample(i, samples, n_heads * size);
+        float *row = rows + n * d;
+        f->to_f32(row, (const char *)data + psa__offset(t, b, h + at / size, first + at % size), t->type, d);
+        if (!psa__finite(f->dot(row, row, d))) continue;
+        f->sum(mean, mean, row, d);
+        n++;
+    }
+    f->scale(mean, 1.0f / (float)psa__max(n, 1), d);
+    for (int64_t i = 0; i < n; i++) {
+        if (centred) f->blend(rows + i * d, rows + i * d, 1.0f, mean, -1.0f, d);
+        squares += f->dot(rows + i * d, rows + i * d, d);
+    }
+    if (squares > 0) f->scale(rows, (float)sqrt((double)n / squares), n * d);
+    return n;
+}
+
+/* Vectors of a tile whose lanes are axes; all tiles are as wide. */
+static int psa__axes_nv(const psa__leaves *f) { return (int)psa__min(PSA__AXES / f->lanes, f->max_nv); }
+
+/* to[PSA__AXES][D] = from[PSA__AXES][D] times the second moments of n rows */
+static void psa__tree_spread(const psa_plan *p, psa__scratch *w, const float *rows, int64_t n, const float *from,
+                             float *to)
+{
+    const psa__leaves *f = p->leaves;
+    int nv = psa__axes_nv(f);
+    int64_t d = p->D, width = nv * f->lanes;
+    float one[PSA__AXES];
+    for (int i = 0; i < PSA__AXES; i++) one[i] = 1.0f;
+    for (int64_t axis = 0; axis < PSA__AXES; axis += width) {
+        f->pack(nv, w->qt, from + axis * d, d, 1.0f);
+        memset(w->ot, 0, (size_t)(width * d) * sizeof(float));
+        for (int64_t i = 0; i < n; i += PSA__TILE_K) {
+            int64_t m = psa__min(PSA__TILE_K, n - i);
+            for (int64_t x = 0; x < m + PSA__PAD_K; x++) w->kp[x] = rows + (i + psa__min(x, m - 1)) * d;
+            f->qk(nv, w->qt, w->kp, m, d, NULL, w->s, w->top, NULL);
+            f->pv(nv, w->s, w->kp, m, d, w->ot, NULL);
         }
-        for (int64_t y = 0; y < n; y++) f->sum(mean, mean, w->node_row[y], d);
-        all += n;
-        n = 0;
-    }
-    f->scale(w->metric, 1.0f / (float)psa__max(all, 1), d * d);
-    f->scale(mean, 1.0f / (float)psa__max(all, 1), d);
-    for (int64_t x = 0; x < d; x++) {
-        if (centred) f->blend(w->metric + x * d, w->metric + x * d, 1.0f, mean, -mean[x], d);
-    }
-    for (int64_t x = 0; x < d + PSA__PAD_K; x++) {
-        w->metric_row[x] = w->metric + psa__min(x, d - 1) * d;
-        w->root_row[x] = w->root + psa__min(x, d - 1) * d;
+        f->unpack(nv, to + axis * d, w->ot, d, one);
     }
 }
 
-static void psa__tree_root(psa__scratch *w, int64_t d)
+/* Makes axes b = C a orthonormal in the metric C^-1, by Gram and Schmidt; one that depends on others becomes 0. b may
+ * be a: Euclid's metric. */
+static void psa__tree_orthonormal(const psa__leaves *f, float *a, float *b, int64_t d)
 {
-    double trace = 0;
-    for (int64_t i = 0; i < d; i++) trace += w->metric[i * d + i];
-    memset(w->root, 0, (size_t)(d * d) * sizeof(float));
-    for (int64_t i = 0; i < d; i++) {
-        for (int64_t j = 0; j <= i; j++) {
-            double x = w->metric[i * d + j];
-            for (int64_t y = 0; y < j; y++) x -= (double)w->root[i * d + y] * w->root[j * d + y];
-            if (j < i) w->root[i * d + j] = w->root[j * d + j] > 0 ? (float)(x / w->root[j * d + j]) : 0.0f;
-            else w->root[i * d + i] = x > 1e-6 * trace / (double)d ? (float)sqrt(x) : 0.0f;
+    for (int i = 0; i < PSA__AXES; i++) {
+        float *ai = a + i * d, *bi = b + i * d, was = f->dot(ai, bi, d), norm, unit;
+        for (int j = 0; j < i; j++) {
+            float common = f->dot(ai, b + j * d, d);
+            f->blend(ai, ai, 1.0f, a + j * d, -common, d);
+            if (b != a) f->blend(bi, bi, 1.0f, b + j * d, -common, d);
         }
-    }
-}
-
-/* w->direction = the principal direction of n rows, from the difference of the two that are farthest apart in the
- * caller's order: power steps u <- Y^T Y u, in a metric C: u <- C Y^T Y u. Few rows need few steps: twice as many take
- * 3 % off the error of attention. */
-static void psa__tree_direction(psa__tree *t, const float *const *rows, int64_t n, int metric)
-{
-    const psa__leaves *f = t->p->leaves;
-    psa__scratch *w = t->w;
-    float a[PSA__NODE + PSA__PAD_K];
-    int64_t d = t->t->ne[0];
-    int steps = n <= 16 ? 0 : n <= 64 ? 1 : 3;
-    f->blend(w->direction, rows[n - 1], 1.0f, rows[0], -1.0f, d);
-    for (int step = 0; step < steps; step++) {
-        float mean = 0, norm;
-        f->project(PSA_F32, w->direction, rows, n, d, a);
-        for (int64_t i = 0; i < n; i++) mean += a[i];
-        for (int64_t i = 0; i < n; i++) a[i] -= mean / (float)n;
-        f->combine(a, rows, n, d, metric ? w->next : w->direction);
-        if (metric) f->project(PSA_F32, w->next, w->metric_row, d, d, w->direction);
-        norm = f->dot(w->direction, w->direction, d);
-        if (norm > 0 && psa__finite(norm)) f->scale(w->direction, 1.0f / sqrtf(norm), d);
-        else memset(w->direction, 0, (size_t)d * sizeof(float));
+        norm = f->dot(ai, bi, d);
+        unit = norm > 1e-6f * was && psa__finite(norm) ? 1.0f / sqrtf(norm) : 0.0f;
+        if (unit == 0) memset(ai, 0, (size_t)d * sizeof *ai), memset(bi, 0, (size_t)d * sizeof *bi);
+        f->scale(ai, unit, d);
+        if (b != a) f->scale(bi, unit, d);
     }
 }
 
 /* Where positions begin .. end-1 are cut: at the multiple of the largest power of two between them. */
 static int64_t psa__tree_cut(int64_t begin, int64_t end)
 {
-    int64_t step = 1;
-    while ((end - 1) / (2 * step) * (2 * step) > begin) step *= 2;
-    return (end - 1) / step * step;
+    int64_t step = begin ^ (end - 1); /* its highest bit is where they part */
+    while ((step & (step - 1)) != 0) step &= step - 1;
+    return (end - 1) & -step;
 }
 
-/* Puts those of n tokens whose w->left is set first; both sides keep their order. */
-static void psa__tree_part(psa__tree *t, int32_t *index, int64_t n)
+/* Exchanges those of n points that are on the wrong side of the k-th, by w->left. */
+static void psa__tree_part(psa__scratch *w, float *point, int32_t *index, int64_t n, int64_t k)
 {
-    psa__scratch *w = t->w;
-    int64_t left = 0, right = 0;
-    for (int64_t i = 0; i < n; i++) {
-        int32_t token = index[i];
-        index[left] = w->token[right] = token; /* one of them is overwritten later: no branch to mispredict */
-        left += w->left[i];
-        right += !w->left[i];
+    int64_t wrong = 0, there = 0;
+    for (int64_t i = 0; i < k; i++) { /* no branch to mispredict */
+        w->move[wrong] = (int32_t)i;
+        wrong += !w->left[i];
     }
-    memcpy(index + left, w->token, (size_t)right * sizeof *index);
-}
-
-static void psa__tree_part_rows(psa__tree *t, const float **rows, int64_t n)
-{
-    const float *other[PSA__NODE];
-    int64_t left = 0, right = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const float *row = rows[i];
-        rows[left] = other[right] = row;
-        left += t->w->left[i];
-        right += !t->w->left[i];
+    for (int64_t i = k; i < n; i++) {
+        w->move[wrong + there] = (int32_t)i;
+        there += w->left[i];
     }
-    memcpy(rows + left, other, (size_t)right * sizeof *rows);
+    for (int64_t i = 0; i < wrong; i++) {
+        int32_t x = w->move[i], y = w->move[wrong + i], token = index[x];
+        float *px = point + (int64_t)x * PSA__AXES, *py = point + (int64_t)y * PSA__AXES, kept[PSA__AXES];
+        memcpy(kept, px, sizeof kept);
+        memcpy(px, py, sizeof kept);
+        memcpy(py, kept, sizeof kept);
+        index[x] = index[y];
+        index[y] = token;
+    }
 }
 
-/* Positions begin .. end-1, whose rows are at hand. */
-static void psa__tree_small(psa__tree *t, int64_t begin, int64_t end, const float **rows)
+/* Splits positions begin .. end-1; point and index are those at `begin`. */
+static void psa__tree_split(const psa_plan *p, psa__scratch *w, int64_t begin, int64_t end, float *point,
+                            int32_t *index)
 {
-    enum { SMALLEST = 8 }; /* the order inside makes a difference of 1 % to the error of attention */
-    const psa__leaves *f = t->p->leaves;
-    int64_t n = end - begin, cut;
+    enum { SMALLEST = 8, SAMPLES = 64 }; /* the order inside 8 makes a difference of 1 % to the error of attention */
+    float u[PSA__AXES], sample[SAMPLES * PSA__AXES];
+    int64_t n = end - begin, left;
     if (n <= SMALLEST) return;
-    cut = psa__tree_cut(begin, end);
-    psa__tree_direction(t, rows, n, 0);
-    f->project(PSA_F32, t->w->direction, rows, n, t->t->ne[0], t->w->place);
-    f->smallest(t->w->place, n, cut - begin, t->w->left);
-    psa__tree_part(t, t->index + begin, n);
-    psa__tree_part_rows(t, rows, n);
-    psa__tree_small(t, begin, cut, rows);
-    psa__tree_small(t, cut, end, rows + (cut - begin));
-}
-
-/* The n rows y of w->node_row become L^T y, in w->node. */
-static void psa__tree_map(psa__tree *t, int64_t n)
-{
-    const psa__leaves *f = t->p->leaves;
-    psa__scratch *w = t->w;
-    int64_t d = t->t->ne[0], lanes = psa__min(f->max_nv * f->lanes, psa__pad_lanes(t->p->desc.block_q));
-    int nv = (int)(lanes / f->lanes);
-    float one[64];
-    for (int i = 0; i < 64; i++) one[i] = 1.0f;
-    for (int64_t i = 0; i < n; i++) {
-        if (w->node_row[i] != w->node + i * d) memcpy(w->node + i * d, w->node_row[i], (size_t)d * sizeof(float));
-        w->node_row[i] = w->node + i * d;
-    }
-    for (int64_t i = 0; i < n; i += lanes) { /* w->node has room for whole tiles */
-        f->pack(nv, w->qt, w->node + i * d, d, 1.0f);
-        memset(w->ot, 0, (size_t)(lanes * d) * sizeof(float));
-        f->pv(nv, w->qt, w->root_row, d, d, w->ot, NULL);
-        f->unpack(nv, w->node + i * d, w->ot, d, one);
-    }
-}
-
-/* Positions begin .. end-1. The direction of many tokens is that of a sample; few are brought near, and where the
- * metric is Euclid's. */
-static void psa__tree_large(psa__tree *t, int64_t begin, int64_t end)
-{
-    const psa__leaves *f = t->p->leaves;
-    psa__scratch *w = t->w;
-    int64_t n = end - begin, d = t->t->ne[0], cut;
-    int metric = t->p->desc.metric == PSA_METRIC_LOGIT;
-    psa__tree_gather(t, begin, n, psa__min(n, PSA__NODE));
-    if (n <= PSA__NODE) {
-        if (metric) psa__tree_map(t, n);
-        psa__tree_small(t, begin, end, w->node_row);
-        return;
-    }
-    cut = psa__tree_cut(begin, end);
-    psa__tree_direction(t, w->node_row, PSA__NODE, metric);
-    for (int64_t i = 0; i < n; i += PSA_MAX_BLOCK_K) {
-        int64_t m = psa__min(PSA_MAX_BLOCK_K, n - i);
-        for (int64_t x = 0; x < m + PSA__PAD_K; x++) {
-            const char *row = t->head + (size_t)t->index[begin + i + psa__min(x, m - 1)] * t->t->nb[1];
-            w->kp[x] = (const float *)(const void *)row;
+    left = psa__tree_cut(begin, end) - begin;
+    if (n <= SAMPLES) {
+        p->leaves->principal(point, n < 16 ? n : n - n % 16, n < 16 ? 0 : 2, u);
+    } else {
+        for (int64_t i = 0; i < SAMPLES; i++) {
+            const float *from = point + psa__tree_sample(i, SAMPLES, n) * PSA__AXES;
+            memcpy(sample + i * PSA__AXES, from, PSA__AXES * sizeof *sample);
         }
-        f->project(t->t->type, w->direction, w->kp, m, d, w->place + i);
+        p->leaves->principal(sample, SAMPLES, 3, u);
     }
-    f->smallest(w->place, n, cut - begin, w->left);
-    psa__tree_part(t, t->index + begin, n);
-    psa__tree_large(t, begin, cut);
-    psa__tree_large(t, cut, end);
+    p->leaves->along(u, point, n, w->place);
+    p->leaves->smallest(w->place, n, left, w->left);
+    psa__tree_part(w, point, index, n, left);
+    psa__tree_split(p, w, begin, begin + left, point, index);
+    psa__tree_split(p, w, begin + left, end, point + left * PSA__AXES, index + left);
+}
+
+/* Tokens first, ..., first + n - 1 of a head as points on the axes that are packed in w->qt. */
+static void psa__tree_points(const psa_plan *p, psa__scratch *w, const psa_tensor *t, const char *head, int64_t first,
+                             int64_t n, float *point)
+{
+    int nv = psa__axes_nv(p->leaves);
+    int64_t width = nv * p->leaves->lanes, d = t->ne[0];
+    float *to = width == PSA__AXES ? point : w->s;
+    for (int64_t i = 0; i < n + PSA__PAD_K; i++) {
+        const char *row = head + (size_t)(first + psa__min(i, n - 1)) * t->nb[1];
+        w->kp[i] = i < n ? psa__row_f32(p, t, row, w->k + i * d) : w->kp[n - 1];
+    }
+    for (int64_t axis = 0; axis < PSA__AXES; axis += width) {
+        p->leaves->qk(nv, w->qt + axis * d, w->kp, n, d, NULL, to, w->top, NULL);
+        for (int64_t i = 0; to != point && i < n; i++) {
+            memcpy(point + i * PSA__AXES + axis, to + i * width, (size_t)width * sizeof *point);
+        }
+    }
 }
 
 /* The order of one head: prefix and suffix stay, tokens that are not finite go behind the others. */
-static void psa__tree_head(psa__tree *t)
+static void psa__tree_head(const psa_plan *p, psa__scratch *w, const psa_tensor *t, const char *head, int64_t first,
+                           int64_t end, int32_t *index)
 {
-    const psa_desc *d = &t->p->desc;
-    int64_t n = t->t->ne[1], first = psa__min(d->n_prefix, n), end = psa__max(n - d->n_suffix, first);
-    for (int64_t i = 0; i < n; i++) t->index[i] = (int32_t)i;
+    float square[PSA_MAX_BLOCK_K + PSA__PAD_K];
+    int64_t good = first, bad = 0;
+    for (int64_t i = 0; i < t->ne[1]; i++) index[i] = (int32_t)i;
     for (int64_t i = first; i < end; i += PSA_MAX_BLOCK_K) {
-        psa__finite_rows(t->p, t->t, t->head, i, psa__min(PSA_MAX_BLOCK_K, end - i), t->w, t->w->left + (i - first));
+        int64_t n = psa__min(PSA_MAX_BLOCK_K, end - i);
+        float *point = w->point + (good - first) * PSA__AXES;
+        psa__tree_points(p, w, t, head, i, n, point);
+        for (int64_t x = 0; x < n + PSA__PAD_K; x++) w->kp[x] = point + psa__min(x, n - 1) * PSA__AXES;
+        p->leaves->squares(w->kp, n, PSA__AXES, square);
+        for (int64_t x = 0; x < n; x++) {
+            if (point != w->kp[x]) memcpy(point, w->kp[x], PSA__AXES * sizeof *point);
+            index[good] = w->move[bad] = (int32_t)(i + x);
+            point += psa__finite(square[x]) * PSA__AXES;
+            good += psa__finite(square[x]);
+            bad += !psa__finite(square[x]);
+        }
     }
-    psa__tree_part(t, t->index + first, end - first);
-    for (int64_t i = first, size = end - first; i < first + size; i++) end -= !t->w->left[i - first];
-    if (end > first) psa__tree_large(t, first, end);
+    memcpy(index + good, w->move, (size_t)bad * sizeof *index);
+    psa__tree_split(p, w, first, good, w->point, index + first);
+}
+
+/* Axes of a head of the keys or of the queries, packed into w->qt: the directions in which tokens first .. end-1 differ
+ * most. S being their second moments and C those of the tokens that see them, the first eigenvectors of C S: subspace
+ * iteration from 16 tokens, of which one step will do. */
+static void psa__tree_axes(const psa_plan *p, const void *q, const void *k, int keys, int64_t b, int64_t h,
+                           int64_t first, int64_t end, psa__scratch *w)
+{
+    const psa__leaves *f = p->leaves;
+    int64_t d = p->D, group = p->Hq / p->Hkv, n, seen = 0;
+    int logit = p->desc.metric == PSA_METRIC_LOGIT, nv = psa__axes_nv(f);
+    float *axes = w->axes[logit], size;
+    n = psa__tree_gather(p, keys ? &p->k : &p->q, keys ? k : q, b, h, 1, first, end - first, 1, w->sample[0]);
+    if (logit && keys) seen = psa__tree_gather(p, &p->q, q, b, h * group, group, 0, p->Nq, 0, w->sample[1]);
+    else if (logit) seen = psa__tree_gather(p, &p->k, k, b, h / group, 1, 0, p->Nk, 1, w->sample[1]);
+    memset(w->axes[0], 0, (size_t)(PSA__AXES * d) * sizeof *axes);
+    for (int64_t i = 0; i < psa__min(PSA__AXES, n); i++) {
+        memcpy(w->axes[0] + i * d, w->sample[0] + i * n / PSA__AXES * d, (size_t)d * sizeof *axes);
+    }
+    for (int step = 0; step < 2; step++) {
+        if (step > 0) psa__tree_spread(p, w, w->sample[0], n, axes, w->axes[0]);
+        if (logit) psa__tree_spread(p, w, w->sample[1], seen, w->axes[0], axes);
+        psa__tree_orthonormal(f, w->axes[0], axes, d);
+    }
+    size = sqrtf(f->dot(axes, axes, PSA__AXES * d));
+    f->scale(axes, size > 0 ? 1.0f / size : 0.0f, PSA__AXES * d); /* no point is longer than its row */
+    for (int64_t i = 0; i < PSA__AXES; i += nv * f->lanes) f->pack(nv, w->qt + i * d, axes + i * d, d, 1.0f);
 }
 
 /* The tree of a head of the keys or of the queries. */
 static void psa__tree_make(const psa_plan *p, const void *q, const void *k, int keys, int64_t head, psa__scratch *w,
                            int32_t *index)
 {
-    int64_t group = p->Hq / p->Hkv, heads = keys ? p->Hkv : p->Hq, b = head / heads, h = head % heads;
-    psa__tree t;
-    t.p = p;
-    t.w = w;
-    t.t = keys ? &p->k : &p->q;
-    t.head = (const char *)(keys ? k : q) + psa__offset(t.t, b, h, 0);
-    t.index = index + head * t.t->ne[1];
-    if (p->desc.metric == PSA_METRIC_LOGIT) {
-        if (keys) psa__tree_metric(p, w, &p->q, q, b, h * group, group, 0);
-        else psa__tree_metric(p, w, &p->k, k, b, h / group, 1, 1);
-        psa__tree_root(w, p->D);
-    }
-    psa__tree_head(&t);
+    const psa_tensor *t = keys ? &p->k : &p->q;
+    int64_t b = head / t->ne[2], h = head % t->ne[2], N = t->ne[1];
+    int64_t first = psa__min(p->desc.n_prefix, N), end = psa__max(N - p->desc.n_suffix, first);
+    psa__tree_axes(p, q, k, keys, b, h, first, end, w);
+    psa__tree_head(p, w, t, (const char *)(keys ? k : q) + psa__offset(t, b, h, 0), first, end, index + head * N);
 }
 
 PSA__DEF psa_result psa_prepare(const psa_plan *plan, const void *q, const void *k, void *work, int ith, int nth)
@@ -3564,16 +3641,20 @@ static void psa__load_query(const psa_plan *p, const void *q, int64_t b, int64_t
     p->leaves->to_f32(to, psa__row(&p->q, &p->desc.order_q, q, b, h, i), p->q.type, p->D);
 }
 
-/* mean = mean of the n queries at positions first, first + 1, ... ; space[D]. */
+/* mean[D] of the n queries at positions first, first + 1, ... */
 static void psa__mean_query(const psa_plan *p, const void *q, int64_t b, int64_t h, int64_t first, int64_t n,
-                            float *mean, float *space)
+                            psa__scratch *w, float *mean)
 {
-    memset(mean, 0, (size_t)p->D * sizeof(float));
-    for (int64_t i = 0; i < n; i++) {
-        psa__load_query(p, q, b, h, first + i, space);
-        p->leaves->sum(mean, mean, space, p->D);
+    float part[PSA_MAX_D];
+    for (int64_t i = 0, m; i < n; i += m) {
+        m = psa__min(n - i, PSA_MAX_BLOCK_K);
+        for (int64_t x = 0; x < m; x++) {
+            const char *row = psa__row(&p->q, &p->desc.order_q, q, b, h, first + i + x);
+            w->kp[x] = psa__row_f32(p, &p->q, row, w->k + x * p->D);
+        }
+        p->leaves->mean(i ? part : mean, w->kp, m, p->D);
+        if (i) p->leaves->blend(mean, mean, (float)i / (float)(i + m), part, (float)m / (float)(i + m), p->D);
     }
-    p->leaves->scale(mean, 1.0f / (float)n, p->D);
 }
 
 /* The query vectors that score block iq go to w->rows from `lanes` on, the token each stands for to w->lane_token.
@@ -3606,7 +3687,7 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
     case PSA_SCORE_POOLED:
         for (int64_t g = 0; g < n; g += p->desc.score_group[0]) {
             int64_t size = psa__min(p->desc.score_group[0], n - g);
-            psa__mean_query(p, q, b, h, first + g, size, w->rows + lanes * d, w->k);
+            psa__mean_query(p, q, b, h, first + g, size, w, w->rows + lanes * d);
             w->lane_token[lanes++] = psa__query_token(p, first + g + size - 1);
         }
         return lanes;
@@ -3620,12 +3701,12 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
 }
 
 /* The key vectors of block jk go to w->kp from `at` on, their biases to w->bias; the first token that each needs to be
- * seen to token[]. Returns their number. Mask ERROR also looks at the levels above that of the groups. */
+ * seen to token[]. Returns their number. */
 static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
                                int64_t at, psa__scratch *w, int64_t *token)
 {
     int64_t first = jk * p->desc.block_k, n = psa__block_k_rows(p, jk), d = p->D, keys = 0;
-    int level = psa__log2(p->desc.score_group[1]), last = p->desc.mask == PSA_MASK_ERROR ? p->n_levels - 1 : level;
+    int level = psa__log2(p->desc.score_group[1]);
     const psa_order *o = &p->desc.order_k;
     const float **kp = w->kp + at;
     switch (p->desc.score) {
@@ -3650,14 +3731,11 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         return keys;
     case PSA_SCORE_POOLED:
         if (p->desc.score_group[1] == 1) break;
-        for (int i = level; i <= last; i++) {
-            int64_t row = psa__pooled_row(p, b, hkv, jk, i);
-            for (int64_t t = 0; t < psa__level_rows(p, jk, i); t++, row++) {
-                kp[keys] = psa__row_f32(p, &p->k, base + p->at_pooled_k + psa__pooled_bytes(p, row, d),
-                                        w->k + (at + keys) * d);
-                w->bias[at + keys] = ((const float *)(const void *)(base + p->at_bias))[row];
-                token[keys++] = first + (t << i);
-            }
+        keys = psa__level_rows(p, jk, level);
+        for (int64_t t = 0, row = psa__pooled_row(p, b, hkv, jk, level); t < keys; t++, row++) {
+            kp[t] = psa__row_f32(p, &p->k, base + p->at_pooled_k + psa__pooled_bytes(p, row, d), w->k + (at + t) * d);
+            w->bias[at + t] = ((const float *)(const void *)(base + p->at_bias))[row];
+            token[t] = first + (t << level);
         }
         return keys;
     case PSA_SCORE_EXACT: break;
@@ -3675,10 +3753,7 @@ static int64_t psa__score_batch(const psa_plan *p)
 {
     switch (p->desc.score) {
     case PSA_SCORE_SAMPLE: return psa__max(PSA__TILE_K / p->n_sample_k, 1);
-    case PSA_SCORE_POOLED: {
-        int64_t groups = p->desc.block_k / p->desc.score_group[1];
-        return psa__max(PSA__TILE_K / (p->desc.mask == PSA_MASK_ERROR ? 2 * groups : groups), 1);
-    }
+    case PSA_SCORE_POOLED: return psa__max(PSA__TILE_K / (p->desc.block_k / p->desc.score_group[1]), 1);
     case PSA_SCORE_ANTIDIAGONAL:
     case PSA_SCORE_EXACT: break;
     }
@@ -3718,22 +3793,29 @@ static float psa__value_variance(const psa_plan *p, const char *base, int64_t he
     return (float)(inside / n + between);
 }
 
-/* What predicts the errors of block jk from the rows of s, which are as psa__score_keys has laid them out. */
-static psa__errors psa__errors_of(const psa_plan *p, const char *base, int64_t b, int64_t hkv, int64_t jk,
-                                  int64_t padded, const psa__scratch *w)
+/* What predicts the errors of the blocks of a KV head: w->errors, but for plane. */
+static void psa__score_errors(const psa_plan *p, const char *base, int64_t head, psa__scratch *w)
 {
-    int64_t block = (b * p->Hkv + hkv) * p->nk + jk, size = psa__spread_size(p);
-    const float *variance = (const float *)(const void *)(base + p->at_spread) + (block + 1) * size - (p->n_levels - 1);
-    psa__errors e = psa__errors_layout(p, (float *)(uintptr_t)(base + p->at_spread) + block * size);
-    float group = (float)p->desc.score_group[1], unit = w->variance > 0 ? 1.0f / w->variance : 0.0f;
-    for (int i = 0; i <= e.coarse; i++) e.rows[i] = (int)psa__level_rows(p, jk, e.fine + i);
-    for (int i = 0; i < e.fine; i++) e.value[i] = variance[i] * unit / group;
-    for (int i = e.fine; i < e.fine + e.coarse; i++) {
-        float more = variance[i] - variance[e.fine - 1];
-        e.value[i] = more > 0 ? more * unit : 0.0f;
+    float *spread = (float *)(uintptr_t)(base + p->at_spread), *shift = w->shift;
+    const float *bias = (const float *)(const void *)(base + p->at_bias);
+    float group = (float)p->desc.score_group[1], total = p->Dv > 0 ? psa__value_variance(p, base, head) : 0.0f;
+    float unit = total > 0 ? 1.0f / total : 0.0f;
+    for (int64_t jk = 0; jk < p->nk; jk++, shift += psa__shift_size(p)) {
+        psa__errors *e = w->errors + jk;
+        const float *variance = spread + (head * p->nk + jk + 1) * psa__spread_size(p) - (p->n_levels - 1);
+        *e = psa__errors_layout(p, spread + (head * p->nk + jk) * psa__spread_size(p));
+        e->rows = (int)psa__level_rows(p, jk, e->fine);
+        e->shift = shift;
+        for (int i = 0; i < e->fine; i++) e->value[i] = variance[i] * unit / group;
+        for (int i = 0; i < e->coarse; i++) {
+            float more = variance[e->fine + i] - variance[e->fine - 1], *to = shift + i * e->groups;
+            const float *own = bias + psa__pooled_row(p, 0, head, jk, e->fine);
+            memcpy(to, bias + psa__pooled_row(p, 0, head, jk, e->fine + 1 + i),
+                   (size_t)psa__level_rows(p, jk, e->fine + 1 + i) * sizeof *to);
+            for (int g = 0; g < e->rows; g++) to[g >> (i + 1)] -= own[g] * e->share[i * e->groups + g];
+            e->value[e->fine + i] = more > 0 ? more * unit : 0.0f;
+        }
     }
-    e.plane = p->nk * padded;
-    return e;
 }
 
 /* The last of n keys again where a tile reads past the end; bias may be NULL. */
@@ -3771,8 +3853,9 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
             int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
             int32_t first[PSA_MAX_BLOCK_K];
             if (p->desc.mask == PSA_MASK_ERROR) {
-                psa__errors e = psa__errors_of(p, base, b, hkv, jk + i, padded, w);
-                p->leaves->block_error(tiles->nv[t], w->s + from * width, &e, w->bm + row, w->bs + row, w->x + row);
+                w->errors[jk + i].plane = p->nk * padded;
+                p->leaves->block_error(tiles->nv[t], w->s + from * width, &w->errors[jk + i], w->bm + row, w->bs + row,
+                                       w->x + row);
                 continue;
             }
             for (int64_t x = 0; jk + i >= whole && x < m; x++) first[x] = w->first[from + x] - (int32_t)lane;
@@ -3906,9 +3989,9 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
     mode = p->leaves->denormals_off();
     for (int64_t task = begin; task < end; task++) {
         int64_t iq = task % tasks * together, head = task / tasks;
-        if (p->desc.mask == PSA_MASK_ERROR && p->Dv > 0 && (iq == 0 || task == begin)) {
+        if (p->desc.mask == PSA_MASK_ERROR && (iq == 0 || task == begin)) {
             int64_t kv = head / p->Hq * p->Hkv + head % p->Hq / (p->Hq / p->Hkv);
-            w.variance = psa__value_variance(p, psa__align(work), kv);
+            psa__score_errors(p, psa__align(work), kv, &w);
         }
         psa__score_rows(p, q, k, psa__align(work), head / p->Hq, head % p->Hq, iq, psa__min(together, p->nq - iq), &w,
                         scores ? scores + (head * p->nq + iq) * p->nk : w.score);

@@ -661,6 +661,24 @@ static double pair_error(const oracle *o, const known *x, int64_t J, int i, cons
     return missed * missed + noise + off * fmax(x->value[i][J] - x->value[fine][J], 0);
 }
 
+/* The logits of the rows' mean at a level above the groups' are those of its groups, each times its share, as if the
+ * coarser keys were not rounded to their type; with the level's own bias. */
+static void coarse_logits(const oracle *o, int64_t b, int64_t h, range rows, int64_t L, const double *mass,
+                          double *logit) {
+    int64_t G = o->desc.score_group[1];
+    double *group = zeros(o->Nk), *rounded_key = zeros(o->Nk);
+    group_logits(o, b, h, rows, L, 1, logit);
+    group_logits(o, b, h, rows, L, 0, rounded_key);
+    group_logits(o, b, h, rows, G, 0, group);
+    for (int64_t j = 0; L > G && j < o->Nk; j += L)
+        logit[j / L] -= rounded_key[j / L];
+    for (int64_t j = 0; L > G && j < o->Nk; j += G) {
+        range own = {j, least(j + G, o->Nk)}, over = {j / L * L, least(j / L * L + L, o->Nk)};
+        logit[j / L] += group[j / G] * exp(log_mass(mass, own) - log_mass(mass, over));
+    }
+    free(group), free(rounded_key);
+}
+
 /* Adds what the rows' mean loses in each block at level i, and at PSA_MAX_LEVELS where it is skipped. */
 static void add_errors(const oracle *o, int64_t b, int64_t h, range rows, const known *x, double *e) {
     int64_t G = o->desc.score_group[1];
@@ -668,7 +686,7 @@ static void add_errors(const oracle *o, int64_t b, int64_t h, range rows, const 
     for (int64_t g = 0; g < o->Nk; g++)
         P[g] = exp(P[g] - total);
     for (int i = 1; 1 << i <= o->desc.block_k; i++) {
-        group_logits(o, b, h, rows, INT64_C(1) << i, 1, coarse);
+        coarse_logits(o, b, h, rows, INT64_C(1) << i, x->mass, coarse);
         for (int64_t g = 0; g < o->Nk; g++)
             coarse[g] = exp(coarse[g] - total);
         for (int64_t J = 0; J < o->nk; J++)

@@ -99,53 +99,113 @@ static void check_types(const psa__leaves *f, int round) {
 
 static void leaves_types(void) { every_isa(300, check_types); }
 
-/* ---- trees ---- */
-
-static void check_project(const psa__leaves *f, int round) {
-    psa_type type = (psa_type)(round % 3);
+static void check_mean(const psa__leaves *f, int round) {
+    (void)round;
     int64_t n = rnd_int(1, 140), d = 8 * rnd_int(1, 32);
-    tensor rows = tensor_input(type, LAYOUT_RANDOM, d, n, 1, 1, 1);
-    guarded memory = guarded_new((size_t)(n + PAD - 1) / PAD * PAD * sizeof(float), 0);
-    float u[PSA_MAX_D], *s = (float *)guarded_data(&memory);
-    const float *row[160];
-    fill(u, d, 1);
-    for (int64_t i = 0; i < n + PAD; i++)
-        row[i] = (const float *)tensor_at(&rows.t, 0, i < n ? i : n - 1, 0, 0);
-    f->project(type, u, row, n, d, s);
-    for (int64_t i = 0; i < n; i++) {
-        double want = 0, size = 0;
-        for (int64_t x = 0; x < d; x++)
-            want += (double)u[x] * rows.x[i * d + x], size += fabs((double)u[x] * rows.x[i * d + x]);
-        check_sum(f, "project", (double)s[i], want, size);
-    }
-    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
-    guarded_free(&memory);
-    tensor_free(&rows);
-}
-
-static void leaves_project(void) { every_isa(120, check_project); }
-
-static void check_combine(const psa__leaves *f, int round) {
-    int64_t n = round == 0 ? 0 : rnd_int(1, 140), d = 8 * rnd_int(1, 32);
     guarded memory = guarded_new((size_t)d * sizeof(float), 0);
-    float *x = (float *)xmalloc((size_t)((n + 1) * d) * sizeof *x), s[140], *to = (float *)guarded_data(&memory);
-    const float *row[160];
-    fill(x, (n + 1) * d, 1), fill(s, n, 1);
-    for (int64_t i = 0; i < 160; i++)
-        row[i] = x + (i < n ? i : n) * d;
-    f->combine(s, row, n, d, to);
+    float *x = (float *)xmalloc((size_t)(n * d) * sizeof *x), *to = (float *)guarded_data(&memory);
+    const float *row[140];
+    fill(x, n * d, 1);
+    for (int64_t i = 0; i < n; i++)
+        row[i] = x + i * d;
+    f->mean(to, row, n, d);
     for (int64_t c = 0; c < d; c++) {
         double want = 0, size = 0;
         for (int64_t i = 0; i < n; i++)
-            want += (double)s[i] * (double)row[i][c], size += fabs((double)s[i] * (double)row[i][c]);
-        check_sum(f, "combine", (double)to[c], want, size);
+            want += (double)row[i][c] / (double)n, size += fabs((double)row[i][c]) / (double)n;
+        check_sum(f, "mean", (double)to[c], want, size);
     }
     CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
     guarded_free(&memory);
     free(x);
 }
 
-static void leaves_combine(void) { every_isa(100, check_combine); }
+static void leaves_mean(void) { every_isa(100, check_mean); }
+
+/* ---- trees ---- */
+
+static void check_squares(const psa__leaves *f, int round) {
+    (void)round;
+    int64_t n = rnd_int(1, 140), d = 8 * rnd_int(1, 32);
+    guarded memory = guarded_new((size_t)(n + PAD - 1) / PAD * PAD * sizeof(float), 0);
+    float *x = (float *)xmalloc((size_t)(n * d) * sizeof *x), *s = (float *)guarded_data(&memory);
+    const float *row[160];
+    fill(x, n * d, 1);
+    for (int64_t i = 0; i < n + PAD; i++)
+        row[i] = x + (i < n ? i : n - 1) * d;
+    f->squares(row, n, d, s);
+    for (int64_t i = 0; i < n; i++) {
+        double want = 0;
+        for (int64_t c = 0; c < d; c++)
+            want += (double)row[i][c] * (double)row[i][c];
+        check_sum(f, "squares", (double)s[i], want, want);
+    }
+    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
+    guarded_free(&memory);
+    free(x);
+}
+
+static void leaves_squares(void) { every_isa(120, check_squares); }
+
+enum { AXES = PSA__AXES };
+
+static void check_along(const psa__leaves *f, int round) {
+    (void)round;
+    int64_t n = rnd_int(1, 140), padded = (n + PAD - 1) / PAD * PAD;
+    guarded memory = guarded_new((size_t)padded * sizeof(float), 0);
+    float u[AXES], x[160 * AXES], *s = (float *)guarded_data(&memory);
+    fill(u, AXES, 1), fill(x, padded * AXES, 1);
+    f->along(u, x, n, s);
+    for (int64_t i = 0; i < n; i++) {
+        double want = 0, size = 0;
+        for (int c = 0; c < AXES; c++) {
+            double part = (double)u[c] * (double)x[i * AXES + c];
+            want += part, size += fabs(part);
+        }
+        check_sum(f, "along", (double)s[i], want, size);
+    }
+    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
+    guarded_free(&memory);
+}
+
+static void leaves_along(void) { every_isa(120, check_along); }
+
+/* One power step: the covariance of n points times u, of length 1. */
+static void power_step(const float *x, int64_t n, double *u) {
+    double mean = 0, next[AXES] = {0}, norm = 0, place[160];
+    for (int64_t i = 0; i < n; i++) {
+        place[i] = 0;
+        for (int c = 0; c < AXES; c++)
+            place[i] += u[c] * (double)x[i * AXES + c];
+        mean += place[i] / (double)n;
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int c = 0; c < AXES; c++)
+            next[c] += (place[i] - mean) * (double)x[i * AXES + c];
+    for (int c = 0; c < AXES; c++)
+        norm += next[c] * next[c];
+    for (int c = 0; c < AXES; c++)
+        u[c] = norm > 0 ? next[c] / sqrt(norm) : 0;
+}
+
+static void check_principal(const psa__leaves *f, int round) {
+    int steps = rnd_int(0, 3);
+    int64_t n = steps ? 16 * rnd_int(1, 9) : rnd_int(1, 140);
+    float x[160 * AXES], u[AXES];
+    double want[AXES], mean = 5 * rnd_normal();
+    for (int64_t i = 0; i < n * AXES; i++) /* spread out less and less from axis to axis */
+        x[i] = (float)(round % 8 == 0 ? 3 : mean + rnd_normal() / (double)(1 + i % AXES));
+    f->principal(x, n, steps, u);
+    for (int c = 0; c < AXES; c++)
+        want[c] = (double)x[(n - 1) * AXES + c] - (double)x[c];
+    for (int step = 0; step < steps; step++)
+        power_step(x, n, want);
+    for (int c = 0; c < AXES; c++)
+        CHECK(fabs((double)u[c] - want[c]) < 2e-4, "%s, %d steps: axis %d is %g, expected %g", f->name, steps, c,
+              (double)u[c], want[c]);
+}
+
+static void leaves_principal(void) { every_isa(200, check_principal); }
 
 /* Values of the kinds a projection has: spread out, few different ones, all equal, far out, next to each other. */
 static void projections(float *s, int64_t n, int kind) {
@@ -171,7 +231,7 @@ static int64_t smaller(const float *s, int64_t n, int64_t i) {
 static void check_smallest(const psa__leaves *f, int round) {
     int64_t n = round % 2 ? rnd_int(2, 40) : rnd_int(2, MOST);
     int64_t some[4] = {1, n - 1, n / 2, rnd_int(1, (int)n - 1)}, k = some[rnd_int(0, 3)];
-    float s[MOST];
+    float s[MOST + PAD];
     guarded memory = guarded_new((size_t)n, 0);
     uint8_t *below = (uint8_t *)guarded_data(&memory);
     projections(s, n, round % 6);
@@ -188,7 +248,7 @@ static void leaves_smallest(void) { every_isa(1200, check_smallest); }
 /* Projections of rows that are too long for f32: whatever is chosen, it ends, and it is k of them. */
 static void check_smallest_odd(const psa__leaves *f, int round) {
     int64_t n = round % 2 ? rnd_int(2, 16) : rnd_int(17, MOST), k = rnd_int(1, (int)n - 1), count = 0;
-    float s[MOST];
+    float s[MOST + PAD];
     uint8_t below[MOST];
     fill(s, n, 1);
     for (int64_t i = 0; i < n; i++)
@@ -206,9 +266,8 @@ static void leaves_smallest_odd(void) { every_isa(300, check_smallest_odd); }
 
 typedef struct block {
     psa__errors e;
-    int nv, lanes, rows; /* lanes of a tile, rows of s */
-    float *s, *known; /* known: mass, noise, share */
-    double *kept;     /* s as it was */
+    int nv, lanes;
+    float *s, *known; /* known: mass, noise, share, shift */
 } block;
 
 static block block_new(const psa__leaves *f) {
@@ -216,22 +275,21 @@ static block block_new(const psa__leaves *f) {
     memset(&b, 0, sizeof b);
     b.nv = rnd_int(1, f->max_nv), b.lanes = b.nv * f->lanes;
     b.e.fine = rnd_int(1, 5), b.e.coarse = rnd_int(0, 3);
-    b.e.rows[0] = rnd_int(1, 20), b.e.groups = b.e.rows[0] + rnd_int(0, 3);
-    b.rows = b.e.rows[0];
-    for (int i = 1; i <= b.e.coarse; i++)
-        b.rows += b.e.rows[i] = (b.e.rows[i - 1] + 1) / 2;
+    b.e.rows = rnd_int(1, 20), b.e.groups = b.e.rows + rnd_int(0, 3);
     b.e.plane = b.lanes + rnd_int(0, 40);
-    b.s = (float *)xmalloc((size_t)(b.rows * b.lanes) * sizeof *b.s);
-    int known = b.e.groups * (2 * b.e.fine + b.e.coarse);
+    b.s = (float *)xmalloc((size_t)(b.e.rows * b.lanes) * sizeof *b.s);
+    int known = b.e.groups * (2 * b.e.fine + 2 * b.e.coarse);
     b.known = (float *)xmalloc((size_t)known * sizeof *b.known);
-    for (int i = 0; i < b.rows * b.lanes; i++)
+    for (int i = 0; i < b.e.rows * b.lanes; i++)
         b.s[i] = rnd_chance(3) ? NAN : rnd_chance(2) ? -INFINITY : (float)(5 * rnd_normal());
     for (int i = 0; i < known; i++)
         b.known[i] = (float)(3 * rnd_uniform());
     for (int i = 0; i < b.e.fine + b.e.coarse; i++)
         b.e.value[i] = (float)rnd_uniform();
-    b.kept = doubles_of(b.s, (size_t)(b.rows * b.lanes));
-    b.e.mass = b.known, b.e.noise = b.e.mass + b.e.groups * b.e.fine, b.e.share = b.e.noise + b.e.groups * b.e.fine;
+    b.e.mass = b.known, b.e.noise = b.e.mass + b.e.groups * b.e.fine;
+    b.e.share = b.e.noise + b.e.groups * b.e.fine, b.e.shift = b.e.share + b.e.groups * b.e.coarse;
+    for (int i = 0; i < b.e.groups * b.e.coarse; i++)
+        b.known[2 * b.e.groups * b.e.fine + i] /= 6; /* shares: two groups make no logit that overflows */
     return b;
 }
 
@@ -240,33 +298,51 @@ static void check_exp(const psa__leaves *f, const char *what, double got, double
     CHECK(fabs(got - want) <= power * 1e-6 * size + 1e-37, "%s, %s: %.9g, expected %.9g", f->name, what, got, want);
 }
 
-static void block_free(block *b) { free(b->s), free(b->known), free(b->kept); }
+static void block_free(block *b) { free(b->s), free(b->known); }
+
+static double logit_of(const block *b, int g, int lane) { return (double)b->s[g * b->lanes + lane]; }
 
 /* exp2 of a logit that is seen, 0 of one that is not. */
-static double mass_of(const block *b, int row, int lane, double top) {
-    double s = b->kept[row * b->lanes + lane];
-    return s >= -1e30 ? exp2(s - top) : 0;
+static double mass_of(double s, double top) { return s >= -1e30 ? exp2(s - top) : 0; }
+
+/* The error of the i-th level above the groups' that have all the mass; *size: what rounding may be measured by. */
+static double coarse_error(const block *b, int i, int lane, double top, double all, double inside, double *size) {
+    const float *share = b->e.share + i * b->e.groups, *shift = b->e.shift + i * b->e.groups;
+    double sum = 0, off = 0, value = (double)b->e.value[b->e.fine + i];
+    *size = 0;
+    for (int t = 0; t << (i + 1) < b->e.rows; t++) {
+        double logit = (double)shift[t], whole;
+        int end = (t + 1) << (i + 1) < b->e.rows ? (t + 1) << (i + 1) : b->e.rows;
+        for (int g = t << (i + 1); g < end; g++)
+            logit += (double)share[g] * logit_of(b, g, lane);
+        sum += whole = mass_of(logit, top);
+        for (int g = t << (i + 1); g < end; g++) {
+            double is = mass_of(logit_of(b, g, lane), top), given = whole * (double)share[g];
+            off += (is - given) * (is - given), *size += (is + given) * (is + given);
+        }
+    }
+    *size = (all + sum) * (all + sum) + *size * value + inside;
+    return (all - sum) * (all - sum) + off * value + inside;
 }
 
 static void check_block_lane(const psa__leaves *f, const block *b, int lane, float bm, float bs, const float *x) {
     double top = -INFINITY, all = 0;
-    int row = b->e.rows[0];
-    for (int g = 0; g < b->e.rows[0]; g++)
-        top = fmax(top, b->kept[g * b->lanes + lane]); /* fmax leaves NaN out */
+    for (int g = 0; g < b->e.rows; g++)
+        top = fmax(top, logit_of(b, g, lane)); /* fmax leaves NaN out */
     if (!(top > -1e30)) {
-        CHECK((double)bm < -1e30 && bs == (float)b->e.rows[0], "%s: nothing is seen: %g, %g", f->name, (double)bm,
+        CHECK((double)bm < -1e30 && bs == (float)b->e.rows, "%s: nothing is seen: %g, %g", f->name, (double)bm,
               (double)bs);
         return;
     }
-    for (int g = 0; g < b->e.rows[0]; g++)
-        all += mass_of(b, g, lane, top);
+    for (int g = 0; g < b->e.rows; g++)
+        all += mass_of(logit_of(b, g, lane), top);
     CHECK((double)bm == top, "%s: maximum %g, expected %g", f->name, (double)bm, top);
     check_exp(f, "bs", (double)bs, all, all, 1);
-    double inside = 0;
+    double inside = 0, size;
     for (int i = 0; i < b->e.fine; i++) {
         double missed = 0, noise = 0;
-        for (int g = 0; g < b->e.rows[0]; g++) {
-            double mass = mass_of(b, g, lane, top);
+        for (int g = 0; g < b->e.rows; g++) {
+            double mass = mass_of(logit_of(b, g, lane), top);
             missed += mass * (double)b->e.mass[g * b->e.fine + i];
             noise += mass * mass * (double)b->e.noise[g * b->e.fine + i];
         }
@@ -275,20 +351,8 @@ static void check_block_lane(const psa__leaves *f, const block *b, int lane, flo
         check_exp(f, "fine", (double)x[i * b->e.plane + lane], want, want, 2);
     }
     for (int i = 0; i < b->e.coarse; i++) {
-        double sum = 0, off = 0, size = 0;
-        for (int t = 0; t < b->e.rows[1 + i]; t++, row++) {
-            double mass = mass_of(b, row, lane, top);
-            sum += mass;
-            for (int g = t << (i + 1); g < (t + 1) << (i + 1) && g < b->e.rows[0]; g++) {
-                double is = mass_of(b, g, lane, top), share = mass * (double)b->e.share[i * b->e.groups + g];
-                off += (is - share) * (is - share);
-                size += (is + share) * (is + share);
-            }
-        }
-        double value = (double)b->e.value[b->e.fine + i];
-        check_exp(f, "coarse", (double)x[(b->e.fine + i) * b->e.plane + lane],
-                  (all - sum) * (all - sum) + off * value + inside,
-                  (all + sum) * (all + sum) + size * value + inside, 2);
+        double want = coarse_error(b, i, lane, top, all, inside, &size);
+        check_exp(f, "coarse", (double)x[(b->e.fine + i) * b->e.plane + lane], want, size, 6);
     }
     check_exp(f, "skip", (double)x[(b->e.fine + b->e.coarse) * b->e.plane + lane], all * all, all * all, 2);
 }
@@ -344,8 +408,10 @@ static void leaves_row_error(void) { every_isa(100, check_row_error); }
 const test_case tests_leaves[] = {
     {"leaves/vectors", leaves_vectors},
     {"leaves/types", leaves_types},
-    {"leaves/project", leaves_project},
-    {"leaves/combine", leaves_combine},
+    {"leaves/mean", leaves_mean},
+    {"leaves/squares", leaves_squares},
+    {"leaves/along", leaves_along},
+    {"leaves/principal", leaves_principal},
     {"leaves/smallest", leaves_smallest},
     {"leaves/smallest_odd", leaves_smallest_odd},
     {"leaves/block_error", leaves_block_error},
