@@ -3912,13 +3912,14 @@ static void psa__error_steps(const float *error, int64_t stride, int n_levels, i
 }
 
 /* From what block_error left of a row: the steps of its n blocks. The one that is dearest to skip is never skipped, so
- * that no row is empty. */
+ * that no row is empty: it stays at the level that saves most for what it costs. */
 static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
                            uint16_t *steps)
 {
     float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1];
     int levels = p->n_levels, last = p->desc.skip_mean ? levels - 1 : levels;
     int64_t stride = p->nk + 16, dearest = 0;
+    uint16_t *kept, price;
     for (int i = 0; i < levels; i++) {
         for (int j = i + 1; j <= levels; j++) {
             float saved = psa__level_cost(i, levels) - psa__level_cost(j, levels);
@@ -3930,7 +3931,9 @@ static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int
         psa__error_steps(w->error + jk, stride, levels, last, per_cost, steps + jk * levels);
         if (steps[jk * levels + levels - 1] > steps[dearest * levels + levels - 1]) dearest = jk;
     }
-    steps[dearest * levels + levels - 1] = PSA__PRICES;
+    kept = steps + dearest * levels;
+    price = kept[levels - 1];
+    for (int i = levels - 1; i >= 0 && kept[i] == price; i--) kept[i] = PSA__PRICES;
 }
 
 /* Rows iq .. iq+m-1 of a head's score map, which go together. */
