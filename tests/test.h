@@ -162,7 +162,8 @@ void desc_random_recipe(psa_desc *d);
 psa_isa isa_random(void);                    /* one that this machine has */
 
 /* What an output of this type may differ from the oracle's. Weighted means are computed in f32: of those that are kept
- * in 16 bits, one in a few thousand lies so near the middle of two numbers that it is rounded the other way. */
+ * in 16 bits, one in a few thousand lies so near the middle of two numbers that it is rounded the other way, which
+ * moves it by up to 1/2048 (f16) or 1/256 (bf16) of itself. */
 tolerance setup_tolerance(const setup *s, psa_type type);
 
 /* Tensors, plan, workspace, maps and oracle. Returns 0 (after a failed check) if the plan was refused. */

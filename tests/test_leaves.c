@@ -200,9 +200,9 @@ static void check_principal(const psa__leaves *f, int round) {
         want[c] = (double)x[(n - 1) * AXES + c] - (double)x[c];
     for (int step = 0; step < steps; step++)
         power_step(x, n, want);
-    for (int c = 0; c < AXES; c++)
-        CHECK(fabs((double)u[c] - want[c]) < 2e-4, "%s, %d steps: axis %d is %g, expected %g", f->name, steps, c,
-              (double)u[c], want[c]);
+    for (int c = 0; c < AXES; c++) /* a covariance is a small difference where the points are far from the origin */
+        CHECK(fabs((double)u[c] - want[c]) < 4e-5 * (1 + mean * mean), "%s, %d steps, mean %g: axis %d is %g, expected %g",
+              f->name, steps, mean, c, (double)u[c], want[c]);
 }
 
 static void leaves_principal(void) { every_isa(200, check_principal); }

@@ -476,9 +476,13 @@ void check_guards(const char *file, int line, const setup *s) {
 
 tolerance setup_tolerance(const setup *s, psa_type type) {
     tolerance t = tolerance_of(type);
-    psa_type kv = s->k.t.type;
-    if ((s->desc.tilt || s->desc.mask == PSA_MASK_ERROR) && kv != PSA_F32)
-        t.absolute += kv == PSA_F16 ? 1.0 / 2048 : 1.0 / 256;
+    double largest = 1;
+    if ((!s->desc.tilt && s->desc.mask != PSA_MASK_ERROR) || s->k.t.type == PSA_F32)
+        return t;
+    for (const tensor *x = &s->k; x; x = x == &s->k ? &s->v : NULL)
+        for (int64_t i = 0; i < tensor_count(&x->t); i++)
+            largest = isfinite(x->x[i]) ? fmax(largest, fabs(x->x[i])) : largest;
+    t.absolute += largest / (s->k.t.type == PSA_F16 ? 2048 : 256);
     return t;
 }
 
