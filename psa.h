@@ -3026,6 +3026,23 @@ static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const c
     return space;
 }
 
+/* The last of n keys again where a tile reads past the end; bias may be NULL. */
+static void psa__pad_keys(const float **kp, float *bias, int64_t n)
+{
+    for (int64_t i = n; i < n + PSA__PAD_K; i++) kp[i] = kp[n - 1];
+    for (int64_t i = n; bias && i < n + PSA__PAD_K; i++) bias[i] = bias[n - 1];
+}
+
+/* The n rows of a head from token i on as f32: w->kp, padded as a tile. n: at most PSA_MAX_BLOCK_K. */
+static void psa__head_rows(const psa_plan *p, const psa_tensor *t, const char *head, int64_t i, int64_t n,
+                           psa__scratch *w)
+{
+    for (int64_t x = 0; x < n; x++) {
+        w->kp[x] = psa__row_f32(p, t, head + (size_t)(i + x) * t->nb[1], w->k + x * t->ne[0]);
+    }
+    psa__pad_keys(w->kp, NULL, n);
+}
+
 /* Whether every row of f32 begins at a multiple of 4 bytes. */
 static int psa__is_aligned(const psa_tensor *t, const void *data)
 {
@@ -3091,10 +3108,7 @@ static void psa__finite_rows(const psa_plan *p, const psa_tensor *t, const char 
                              psa__scratch *w, uint8_t *finite)
 {
     float square[PSA_MAX_BLOCK_K + PSA__PAD_K];
-    for (int64_t x = 0; x < n; x++) {
-        w->kp[x] = psa__row_f32(p, t, head + (size_t)(i + x) * t->nb[1], w->k + x * t->ne[0]);
-    }
-    for (int64_t x = n; x < n + PSA__PAD_K; x++) w->kp[x] = w->kp[n - 1];
+    psa__head_rows(p, t, head, i, n, w);
     p->leaves->squares(w->kp, n, t->ne[0], square);
     for (int64_t x = 0; x < n; x++) finite[x] = (uint8_t)psa__finite(square[x]);
 }
@@ -3268,10 +3282,7 @@ static void psa__tree_points(const psa_plan *p, psa__scratch *w, const psa_tenso
     int nv = psa__axes_nv(p->leaves);
     int64_t width = nv * p->leaves->lanes, d = t->ne[0];
     float *to = width == PSA__AXES ? point : w->s;
-    for (int64_t i = 0; i < n + PSA__PAD_K; i++) {
-        const char *row = head + (size_t)(first + psa__min(i, n - 1)) * t->nb[1];
-        w->kp[i] = i < n ? psa__row_f32(p, t, row, w->k + i * d) : w->kp[n - 1];
-    }
+    psa__head_rows(p, t, head, first, n, w);
     for (int64_t axis = 0; axis < PSA__AXES; axis += width) {
         p->leaves->qk(nv, w->qt + axis * d, w->kp, n, d, NULL, to, w->top, NULL);
         for (int64_t i = 0; to != point && i < n; i++) {
@@ -3816,13 +3827,6 @@ static void psa__score_errors(const psa_plan *p, const char *base, int64_t head,
             e->value[e->fine + i] = more > 0 ? more * unit : 0.0f;
         }
     }
-}
-
-/* The last of n keys again where a tile reads past the end; bias may be NULL. */
-static void psa__pad_keys(const float **kp, float *bias, int64_t n)
-{
-    for (int64_t i = n; i < n + PSA__PAD_K; i++) kp[i] = kp[n - 1];
-    for (int64_t i = n; bias && i < n + PSA__PAD_K; i++) bias[i] = bias[n - 1];
 }
 
 /* Maximum, and sum if wanted, of every lane over each of n blocks from jk on: their rows of w->bm and w->bs; the pairs
