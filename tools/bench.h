@@ -91,14 +91,14 @@ static void dense_group(bench *b, int64_t n, int64_t d) {
     for (int isa = PSA_ISA_SCALAR; isa < PSA_ISA_END; isa++) {
         if (!isa_wanted(b, (psa_isa)isa))
             continue;
-        row *base = add_peak(b, in[PSA_F32], (psa_isa)isa, threads);
+        row *base = add_peak(b, in[PSA_F32], (psa_isa)isa, PSA_F32, threads);
         name_row(base, "%s peak", psa_isa_name((psa_isa)isa));
         for (int type = PSA_F32; type <= PSA_BF16; type++) {
             if (!in[type])
                 continue;
             row *peak = NULL;
             if (type == PSA_BF16 && peak_has_bf16((psa_isa)isa)) {
-                peak = add_bf16_peak(b, in[type], (psa_isa)isa, threads);
+                peak = add_peak(b, in[type], (psa_isa)isa, PSA_BF16, threads);
                 name_row(peak, "%s bf16 peak", psa_isa_name((psa_isa)isa));
             }
             row *r = add_dense(b, in[type], (psa_isa)isa, n, threads);
@@ -120,7 +120,7 @@ static void stages_group(bench *b, int64_t n, int64_t d, const psa_desc *desc, i
     int threads = b->crew->n_threads;
     bench_input *in = add_input(b, one_type(b), n, n, d);
     run *stages = add_run(b, in, desc);
-    const row *most = add_peak(b, in, b->isa, threads);
+    const row *most = add_peak(b, in, b->isa, PSA_F32, threads);
     row *dense = add_dense(b, in, b->isa, n, threads);
     set_base(dense, most, 0, 0);
     row *choice = add_choice(b, in, stages);
@@ -187,7 +187,7 @@ static void decode_group(bench *b, int64_t n, int64_t d, int type) {
         row *read = add_row(b, in, threads, measure_read);
         read->work = in ? 2.0 * (double)input_bytes(in, n) : 0;
         name_row(read, "%s, threads %d: reading", type_name(type), threads);
-        row *peak = add_peak(b, in, b->isa, threads);
+        row *peak = add_peak(b, in, b->isa, PSA_F32, threads);
         peak->type = (psa_type)type;
         peak->unrated = 1;
         name_row(peak, "%s, threads %d: multiply-adds", type_name(type), threads);
@@ -271,7 +271,7 @@ static void threads_group(bench *b, int64_t n, int64_t d) {
     bench_input *in = add_input(b, one_type(b), n, n, d);
     psa_desc desc = mix_desc(b, &mixes[DEFAULT_MIX], b->density, b->block_k, n);
     for (int threads = 1; threads; threads = next_threads(b, threads)) {
-        row *first = add_peak(b, in, b->isa, threads);
+        row *first = add_peak(b, in, b->isa, PSA_F32, threads);
         add_dense(b, in, b->isa, n, threads);
         add_call(b, in, &desc, n, threads);
         for (int k = 0; k < EACH; k++) {

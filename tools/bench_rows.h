@@ -196,27 +196,16 @@ static void set_base(row *r, const row *base, int is_cost, double goal) {
 }
 
 static double measure_peak(bench *b, const row *r) {
-    return peak_seconds(b->crew, r->isa, PSA_F32, r->threads);
+    return peak_seconds(b->crew, r->isa, r->type, r->threads);
 }
 
-static row *add_peak(bench *b, const bench_input *in, psa_isa isa, int threads) {
+/* type: of peak_seconds */
+static row *add_peak(bench *b, const bench_input *in, psa_isa isa, psa_type type, int threads) {
     row *r = add_row(b, in, threads, measure_peak);
-    r->type = PSA_F32;
+    r->type = type;
     r->isa = isa;
-    r->work = peak_flop(isa, PSA_F32, threads);
+    r->work = peak_flop(isa, type, threads);
     name_row(r, "peak");
-    return r;
-}
-
-static double measure_bf16_peak(bench *b, const row *r) {
-    return peak_seconds(b->crew, r->isa, PSA_BF16, r->threads);
-}
-
-static row *add_bf16_peak(bench *b, const bench_input *in, psa_isa isa, int threads) {
-    row *r = add_peak(b, in, isa, threads);
-    r->measure = measure_bf16_peak;
-    r->type = PSA_BF16;
-    r->work = peak_flop(isa, PSA_BF16, threads);
     return r;
 }
 
