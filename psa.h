@@ -142,7 +142,7 @@
  *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block,
  *     up to 64 for POOLED) floats. Linear in N for each of them but the maps, which have nq * nk entries. A tree takes
  *     4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB
- *     a head.
+ *     a head; dense attention D + Dv floats a key and thread where K or V are not f32 rows one after the other.
  *
  * THREADS
  *
@@ -2785,6 +2785,7 @@ typedef struct psa__scratch {
     const float **kp, **vp; /* row pointers of two tiles, or of a block */
     float *bias;         /* per key of them */
     int32_t *first;      /* per key of them: first lane that sees it */
+    float *head_k, *head_v; /* [Nk][D], [Nk][Dv]: a KV head's rows in their order, if the plan copies them */
 
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
@@ -2835,6 +2836,17 @@ static int64_t psa__shift_size(const psa_plan *p)
     return (p->desc.block_k >> fine) * (p->n_levels - 1 - fine);
 }
 
+/* Whether dense attention reads a thread's own f32 copy of a KV head: rows that lie apart or are converted cost more
+ * every time that they are read, and a copy about as much as reading them for one query block. */
+static int psa__copies_head(const psa_plan *p)
+{
+    size_t f = sizeof(float);
+    int apart = p->k.type != PSA_F32 || p->desc.order_k.index || p->k.nb[1] != (size_t)p->D * f ||
+                p->v.nb[1] != (size_t)p->Dv * f;
+    int64_t blocks = psa__min(p->nq, p->B * p->Hq * p->nq / p->desc.n_threads); /* of a head, in one thread */
+    return p->desc.mask == PSA_MASK_DENSE && apart && blocks >= 4;
+}
+
 /* Lays the scratch out from base (NULL: only counts) and returns its size. */
 static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w)
 {
@@ -2846,6 +2858,7 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     size_t rows = lanes * (d > dv ? d : dv), tokens = (size_t)psa__max(p->Nq, p->Nk);
     int errors = p->desc.mask == PSA_MASK_ERROR, priced = scored && p->desc.density > 0;
     int tree = scored && p->desc.tree != PSA_TREE_NONE;
+    size_t copied = psa__copies_head(p) ? (size_t)p->Nk : 0;
     uintptr_t b = (uintptr_t)base;
     psa__scratch s;
     s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * d, f));
@@ -2861,6 +2874,8 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.vp = (const float **)(b + psa__take(&at, keys, sizeof(float *)));
     s.bias = (float *)(b + psa__take(&at, keys, f));
     s.first = (int32_t *)(b + psa__take(&at, keys, sizeof(int32_t)));
+    s.head_k = (float *)(b + psa__take(&at, psa__mul(copied, d), f));
+    s.head_v = (float *)(b + psa__take(&at, psa__mul(copied, dv), f));
     s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
     s.bm = (float *)(b + psa__take(&at, pairs, f));
     s.bs = (float *)(b + psa__take(&at, pairs, f));
@@ -4398,7 +4413,9 @@ typedef struct psa__stream {
     int64_t b, hkv, iq;
     int64_t heads;           /* query heads of the block: row i is query i / heads of head i % heads */
     int width;               /* of psa__few, if the query rows are few enough for it; else 0 */
-    int in_place;            /* K and V rows can be read as f32 where they are */
+    int64_t copied;          /* the KV head whose rows are in w.head_k and w.head_v; -1: none is copied */
+    psa_type type;           /* of the rows that are read */
+    int in_place;            /* they can be read as f32 where they are */
     psa__tile tile[2];
     psa__tile *full, *next;  /* what waits, and what is filled */
     int64_t rows;            /* rows read so far by this query block */
@@ -4437,7 +4454,7 @@ static int psa__v_finite(const psa__stream *st, const psa__tile *tile, psa_type 
 static void psa__widen_rows(const psa__stream *st, const float **rows, int64_t n, int64_t d, float *space)
 {
     for (int64_t i = 0; i < n && !st->in_place; i++, space += d) {
-        st->p->leaves->to_f32(space, rows[i], st->p->k.type, d);
+        st->p->leaves->to_f32(space, rows[i], st->type, d);
         rows[i] = space;
     }
 }
@@ -4447,8 +4464,8 @@ static void psa__widen_rows(const psa__stream *st, const float **rows, int64_t n
 static psa__ahead psa__ahead_of(const psa__stream *st, const psa__tile *tile, int t, int is_pv)
 {
     const psa_plan *p = st->p;
-    psa__ahead v = {tile->v, tile->n, (size_t)p->Dv * psa_type_size(p->k.type)};
-    psa__ahead k = {st->next->k, psa__min(tile->n, st->next->n), (size_t)p->D * psa_type_size(p->k.type)};
+    psa__ahead v = {tile->v, tile->n, (size_t)p->Dv * psa_type_size(st->type)};
+    psa__ahead k = {st->next->k, psa__min(tile->n, st->next->n), (size_t)p->D * psa_type_size(st->type)};
     psa__ahead q = {st->next_q, st->next_n, (size_t)p->D * psa_type_size(p->q.type)};
     psa__ahead out = {st->out, st->n, (size_t)p->Dv * psa_type_size(p->out.type)};
     if (t == 0 && !is_pv) return v;
@@ -4498,7 +4515,7 @@ static void psa__attend_few(psa__stream *st, psa__tile *tile)
     psa__few x;
     psa__pad_keys(tile->k, NULL, tile->n);
     psa__pad_keys(tile->v, NULL, tile->n);
-    x.type = p->k.type;
+    x.type = st->type;
     x.width = st->width;
     x.q = w->qt;
     x.k = tile->k;
@@ -4531,6 +4548,42 @@ static void psa__stream_turn(psa__stream *st)
     st->next = tile;
 }
 
+/* Rows begin .. begin+n-1 of the KV head, in their order. */
+static void psa__stream_rows(const psa__stream *st, int64_t begin, int64_t n, const float **k, const float **v)
+{
+    const psa_plan *p = st->p;
+    if (st->copied < 0) {
+        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, begin, n, NULL, k);
+        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, begin, n, NULL, v);
+    } else {
+        for (int64_t i = 0; i < n; i++) {
+            k[i] = st->w.head_k + (begin + i) * p->D;
+            v[i] = st->w.head_v + (begin + i) * p->Dv;
+        }
+    }
+}
+
+/* Copies the KV head, unless it is there already. */
+static void psa__stream_copy(psa__stream *st)
+{
+    const psa_plan *p = st->p;
+    int64_t head = st->b * p->Hkv + st->hkv, n;
+    if (st->copied == head || !psa__copies_head(p)) return;
+    st->copied = -1;
+    for (int64_t at = 0; at < p->Nk; at += n) {
+        const float **k = st->tile[0].k, **v = st->tile[0].v;
+        n = psa__min(p->Nk - at, PSA__TILE_K);
+        psa__stream_rows(st, at, n, k, v);
+        for (int64_t i = 0; i < n; i++) {
+            p->leaves->to_f32(st->w.head_k + (at + i) * p->D, k[i], p->k.type, p->D);
+            p->leaves->to_f32(st->w.head_v + (at + i) * p->Dv, v[i], p->v.type, p->Dv);
+        }
+    }
+    st->copied = head;
+    st->type = PSA_F32;
+    st->in_place = 1;
+}
+
 /* The tokens of block jk themselves. Lane i stands for query token `token + i / heads`. */
 static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int straddles)
 {
@@ -4539,8 +4592,7 @@ static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int s
     while (at < end) {
         psa__tile *t = st->next;
         int64_t to = t->n, n = psa__min(end - at, PSA__TILE_K - to);
-        psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, at, n, NULL, t->k + to);
-        psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, at, n, NULL, t->v + to);
+        psa__stream_rows(st, at, n, t->k + to, t->v + to);
         for (int64_t i = 0; i < n; i++) {
             t->bias[to + i] = 0.0f;
             t->first[to + i] = straddles ? (int32_t)psa__max(psa__min((at + i - token) * st->heads, INT16_MAX), 0) : 0;
@@ -4710,6 +4762,8 @@ static void psa__stream_init(psa__stream *st, const psa_plan *p, const void *k, 
     st->v = v;
     st->base = psa__align(work);
     st->w = psa__scratch_of(p, work, ith);
+    st->copied = -1;
+    st->type = p->k.type;
     st->in_place = p->k.type == PSA_F32 && psa__is_aligned(&p->k, k) && psa__is_aligned(&p->v, v);
     for (int i = 0; i < 2; i++) {
         int at = i * (PSA__TILE_K + PSA__PAD_K);
@@ -4808,6 +4862,7 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
         memcpy(st.q, st.next_q, sizeof st.q);
         st.n = psa__task_rows(&st, &p->out, out, task, st.out);
         st.next_n = task + 1 < end ? psa__task_rows(&st, &p->q, q, task + 1, st.next_q) : 0;
+        psa__stream_copy(&st);
         psa__attend_block(&st, levels ? levels + task * p->nk : NULL, h, lse);
         for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * p->nq + st.iq] = st.rows;
     }
