@@ -142,6 +142,23 @@ static void attend_dense(void) {
     }
 }
 
+/* Enough query blocks for a thread to copy a KV head whose rows lie apart, are gathered or are 16-bit. */
+static void attend_head_copy(void) {
+    for (int r = 0; r < test_rounds(40); r++) {
+        rnd_round(r);
+        setup s;
+        shape x = shape_random();
+        x.Nq = rnd_int(64, 200), x.Nk = x.Nq + rnd_int(0, 100);
+        psa_desc desc = desc_random_blocks(&x);
+        desc.block_q = 16, desc.mask = PSA_MASK_DENSE, desc.n_threads = rnd_int(1, 2);
+        if (!setup_init(&s, &desc, &x))
+            continue;
+        run_attend(&s, NULL, desc.n_threads);
+        CHECK_ATTENTION(&s, NULL);
+        setup_free(&s);
+    }
+}
+
 /* A map of ones and no map are the same thing, bit for bit where heads do not go together, which they do only without a
  * map; a lse that is not wanted changes nothing. */
 static void attend_no_map(void) {
@@ -698,6 +715,7 @@ const test_case tests_attend[] = {
     {"attend/large", attend_large},
     {"attend/decode", attend_decode},
     {"attend/dense", attend_dense},
+    {"attend/head_copy", attend_head_copy},
     {"attend/no_map", attend_no_map},
     {"attend/empty_rows", attend_empty_rows},
     {"attend/mul_adds", attend_mul_adds},
