@@ -21,7 +21,11 @@
  *     level. Read one after the other, a block at level L as block_k/L rows, they are one stream of rows; attend cuts
  *     it into tiles. A tile mixes blocks and levels, and a block costs what its level says.
  *
- * CONTENTS   >>device  >>job  >>pool  >>score  >>mask  >>attend  >>combine  >>host
+ *     Hopper has an attend of its own, by wgmma and TMA. Until it has run on hardware it is taken only where the
+ *     environment says PSA_SM90=1; what it does not do (D other than 64 and 128, query blocks of up to 64 rows, split
+ *     streams, K or V not at multiples of 128 bytes) goes to the other one.
+ *
+ * CONTENTS   >>device  >>job  >>pool  >>score  >>mask  >>attend  >>hopper  >>combine  >>host
  *
  * LIMITS
  *
@@ -36,6 +40,7 @@
 #include "psa.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* ================================================================================================================= */
@@ -47,6 +52,7 @@
 #ifdef PSA_CUDA_EMULATED
 #include "emu.h"
 #else
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -122,6 +128,133 @@ PSA__DEVICE uint32_t psa__opaque(uint32_t x)
     asm volatile("" : "+r"(x));
     return x;
 }
+
+/* ---- of Hopper; sm_90a alone has it ---- */
+
+/* The threads of some warps wait for each other; arrive: do not wait. */
+PSA__DEVICE void psa__group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+PSA__DEVICE void psa__group_arrive(int id, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* Barriers in shared memory, 8 bytes each. A phase ends when all have arrived and all bytes that they expect are there;
+ * wait returns when the current phase has the other parity. */
+PSA__DEVICE void psa__bar_init(uint32_t at, int arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(psa__address(at)), "r"(arrivals) : "memory");
+}
+PSA__DEVICE void psa__bar_arrive(uint32_t at)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(psa__address(at)) : "memory");
+}
+PSA__DEVICE void psa__bar_expect(uint32_t at, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(psa__address(at)), "r"(bytes) : "memory");
+}
+PSA__DEVICE void psa__bar_wait(uint32_t at, uint32_t parity)
+{
+    uint32_t over = 0;
+    while (!over) {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(over)
+                     : "r"(psa__address(at)), "r"(parity)
+                     : "memory");
+    }
+}
+
+/* What this thread wrote to shared memory, barriers too, is there for TMA and wgmma. */
+PSA__DEVICE void psa__fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Registers of a thread of the warpgroup, from now on. */
+template <int N> PSA__DEVICE void psa__more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> PSA__DEVICE void psa__fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+/* A box of a tensor [batch][head][half][row][64 columns], with zeros for what is outside of it, goes to shared memory,
+ * swizzled; its bytes are then counted by the barrier. */
+typedef CUtensorMap psa__map;
+PSA__DEVICE void psa__box(uint32_t to, const psa__map &map, int row, int half, int head, int batch, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(psa__address(to)), "l"(&map), "r"(0), "r"(row), "r"(half),
+                 "r"(head), "r"(batch), "r"(psa__address(bar))
+                 : "memory");
+}
+
+/* false: the driver does not know or refuses it. */
+static bool psa__make_map(psa__map *map, const void *data, const uint64_t *size, const uint64_t *stride,
+                          const uint32_t *box)
+{
+    typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    static const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    void *f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
+#endif
+    if (e != cudaSuccess || found != cudaDriverEntryPointSuccess) return false;
+    return reinterpret_cast<encode *>(f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, (void *)(uintptr_t)data,
+                                         (const cuuint64_t *)size, (const cuuint64_t *)stride, box, ones,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* An operand of wgmma in shared memory with the 128-byte swizzle. K-major: `stride` bytes from 8 rows to the next 8.
+ * MN-major: that for k, and `leading` from 64 columns to the next 64. */
+PSA__DEVICE uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
+{
+    return (psa__address(at) & 0x3ffff) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
+
+/* The accumulators d and the registers of A belong to wgmma from here to the wait. */
+PSA__DEVICE void psa__wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+PSA__DEVICE void psa__wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/* All but the last N groups are done; d, which one of them made, is not read before. */
+template <int N, int C> PSA__DEVICE void psa__wgmma_wait(float (&d)[C][4])
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#pragma unroll
+    for (int i = 0; i < C; i++) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+
+/* d[64][8C] (+)= a[64][16] b[16][8C] by a warpgroup; of its 64 rows warp w holds 16 as in psa__mma. */
+#define PSA__D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define PSA__D32 PSA__D4(0), PSA__D4(1), PSA__D4(2), PSA__D4(3), PSA__D4(4), PSA__D4(5), PSA__D4(6), PSA__D4(7)
+#define PSA__D64                                                                                                       \
+    PSA__D32, PSA__D4(8), PSA__D4(9), PSA__D4(10), PSA__D4(11), PSA__D4(12), PSA__D4(13), PSA__D4(14), PSA__D4(15)
+#define PSA__TEN(t)                                                                                                    \
+    "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define PSA__32 "{" PSA__TEN() PSA__TEN(1) PSA__TEN(2) "%30, %31}, "
+#define PSA__64 "{" PSA__TEN() PSA__TEN(1) PSA__TEN(2) PSA__TEN(3) PSA__TEN(4) PSA__TEN(5) "%60, %61, %62, %63}, "
+#define PSA__WGMMA(n, type) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " "
+#define PSA__WGMMA_QK(type)                                                                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" PSA__WGMMA("128", type) PSA__64                         \
+                 "%64, %65, p, 1, 1, 0, 0;\n}"                                                                         \
+                 : PSA__D64                                                                                            \
+                 : "l"(a), "l"(b), "r"((int)add))
+#define PSA__WGMMA_PV(type)                                                                                            \
+    asm volatile(PSA__WGMMA("128", type) PSA__64 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                              \
+                 : PSA__D64                                                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define PSA__WGMMA_PV64(type)                                                                                          \
+    asm volatile(PSA__WGMMA("64", type) PSA__32 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                               \
+                 : PSA__D32                                                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+typedef float (&psa__d128)[16][4];
+typedef float (&psa__d64)[8][4];
+PSA__DEVICE void psa__wgmma(psa__bf16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("bf16"); }
+PSA__DEVICE void psa__wgmma(psa__f16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("f16"); }
+PSA__DEVICE void psa__wgmma(psa__bf16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("bf16"); }
+PSA__DEVICE void psa__wgmma(psa__f16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("f16"); }
+PSA__DEVICE void psa__wgmma(psa__bf16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("bf16"); }
+PSA__DEVICE void psa__wgmma(psa__f16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("f16"); }
 
 template <class J>
 static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int threads, size_t shared, void *stream,
@@ -295,13 +428,15 @@ PSA__DEVICE void psa__store2(char *to, int type, const psa__f2 &x)
     else *reinterpret_cast<uint32_t *>(to) = psa__pack(psa__bf16(), x.x, x.y);
 }
 
-/* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes. A row is a multiple of 128 bytes, all banks,
- * so without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in the same four banks. Tiles
- * begin at multiples of their rows, so at(row, c + 2*k) is at(row, c) ^ 32*k for c 0 or 1. */
+/* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes, in groups of 8 rows x 64 columns. There a row
+ * has 128 bytes, all banks, so without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in the
+ * same four banks. It is the 128-byte swizzle of TMA and wgmma. Tiles begin at multiples of 8 rows, so at(row, c + 2*k)
+ * is at(row, c) ^ step16(k) for c 0 or 1. */
 template <int DP> PSA__DEVICE uint32_t psa__at(int row, int chunk)
 {
-    return (uint32_t)(row * DP * 2 + ((chunk ^ (row & 7)) << 4));
+    return (uint32_t)((row >> 3) * DP * 16 + (chunk >> 3) * 1024 + (row & 7) * 128 + (((chunk ^ row) & 7) << 4));
 }
+PSA__DEVICE uint32_t psa__step16(int k) { return (uint32_t)((k & 3) * 32 + (k >> 2) * 1024); }
 
 /* Sum over the block of what the threads before this one gave, in thread order; total: over all. Uses the first 8
  * bytes of shared memory for each warp. */
@@ -698,7 +833,7 @@ PSA__DEVICE void psa__score_blocks(const psa__job &job, const psa__score_block &
 #pragma unroll
         for (int k = 0; k < S::KS; k++) {
             uint32_t x[4];
-            psa__ldmatrix(x, keys ^ (uint32_t)(k * 32));
+            psa__ldmatrix(x, keys ^ psa__step16(k));
 #pragma unroll
             for (int i = 0; i < S::TILES; i++) {
                 psa__mma(T(), s[i][0], a[i][k], x[0], x[1]);
@@ -1023,9 +1158,11 @@ struct psa__attend_block {
     const char *k, *v, *pooled_k, *pooled_v; /* row 0 of the head */
 };
 
-template <int BM_, int BN_, int DP_, int STAGES_> struct psa__tiles {
+template <int BM_, int BN_, int DP_, int STAGES_, int WARPS_ = PSA__WARPS> struct psa__tiles {
     static constexpr int BM = BM_, BN = BN_, DP = DP_, STAGES = STAGES_;
-    static constexpr int MT = BM / 16 / PSA__WARPS;                       /* m16 tiles of a warp */
+    static constexpr int THREADS = WARPS_ * 32;                           /* that multiply */
+    static constexpr int MT = BM / 16 / WARPS_;                           /* m16 tiles of a warp */
+    static constexpr int COPIES = WARPS_ == PSA__WARPS ? 1 : 2;           /* of psa__attend_block */
     static constexpr int RING = STAGES + 1;
     static constexpr uint32_t KV = BN * DP * 2;                           /* bytes of a tile of K or V */
     static constexpr uint32_t AT_KV = BM * DP * 2;
@@ -1034,9 +1171,9 @@ template <int BM_, int BN_, int DP_, int STAGES_> struct psa__tiles {
     static constexpr uint32_t AT_PLAIN = AT_BIAS + RING * BN * 4;         /* u32 [RING][BN/32]: one bias, none hidden */
     static constexpr uint32_t AT_COUNT = AT_PLAIN + RING * (BN / 32) * 4; /* u32 [levels] of the list */
     static constexpr uint32_t AT_BLOCK = (AT_COUNT + PSA_MAX_LEVELS * 4 + 15) / 16 * 16; /* psa__attend_block */
-    static constexpr uint32_t BYTES = AT_BLOCK + sizeof(psa__attend_block);
-    static_assert(BYTES <= 99 * 1024, "what sm_86, 89 and 120 have");
-    static_assert(BM % (16 * PSA__WARPS) == 0 && BN % 32 == 0 && DP % 64 == 0 && STAGES >= 2, "");
+    static constexpr uint32_t BYTES = AT_BLOCK + COPIES * sizeof(psa__attend_block);
+    static_assert(BYTES <= (COPIES == 1 ? 99 : 226) * 1024, "what sm_86, 89 and 120 have, and sm_90 with barriers");
+    static_assert(BM % (16 * WARPS_) == 0 && BN % 32 == 0 && DP % 64 == 0 && STAGES >= 2, "");
 };
 
 /* O[MT*16][DP] and S[MT*16][BN] in f32 take MT*(DP/2 + BN/2) registers of a thread: 192 at D 128. At D 256 MT = 1 and
@@ -1047,7 +1184,13 @@ using psa__tiles_128 = psa__tiles<128, 64, 128, 2>;
 using psa__tiles_128_few = psa__tiles<64, 64, 128, 2>;
 using psa__tiles_256 = psa__tiles<64, 32, 256, 2>;
 
-template <class S> PSA__DEVICE psa__attend_block psa__here() { return psa__lds<psa__attend_block>(S::AT_BLOCK); }
+/* The block's offset; where others than the threads that multiply bring the rows in, they have their own. */
+template <class S> PSA__DEVICE uint32_t psa__at_block()
+{
+    bool own = S::COPIES > 1 && (int)threadIdx.x >= S::THREADS;
+    return S::AT_BLOCK + (own ? (uint32_t)sizeof(psa__attend_block) : 0u);
+}
+template <class S> PSA__DEVICE psa__attend_block psa__here() { return psa__lds<psa__attend_block>(psa__at_block<S>()); }
 
 struct psa__pending { /* a stream row whose block is being fetched from the list */
     int level, within, block;
@@ -1073,8 +1216,8 @@ template <class S> PSA__DEVICE psa__pending psa__find_row(const psa__job &job, i
     return x;
 }
 
-/* Writes row r of slot `slot` of the ring. Called by whole warps: r = thread. */
-template <class S> PSA__DEVICE void psa__publish_row(const psa__job &job, const psa__pending &x, int slot, int r)
+/* Writes row r of slot `slot` of the ring; returns it. Called by whole warps, a lane for each of 32 rows. */
+template <class S> PSA__DEVICE uint32_t psa__publish_row(const psa__job &job, const psa__pending &x, int slot, int r)
 {
     int token = x.block * job.block_k + (x.within << x.level), count = psa__imin(1 << x.level, job.Nk - token);
     uint32_t row = PSA__NONE;
@@ -1092,6 +1235,7 @@ template <class S> PSA__DEVICE void psa__publish_row(const psa__job &job, const 
     psa__sts(S::AT_ROWS + (uint32_t)(slot * S::BN + r) * 4, row);
     psa__sts(S::AT_BIAS + (uint32_t)(slot * S::BN + r) * 4, bias);
     if (r % 32 == 0) psa__sts(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + r / 32) * 4, (uint32_t)(any_odd == 0));
+    return row;
 }
 
 /* The rows of ring slot `slot` of K and V to stage `stage`. */
@@ -1120,7 +1264,7 @@ template <class T, class S> PSA__DEVICE void psa__load_queries(const psa__job &j
     constexpr int CHUNKS = S::DP / 8;
     psa__attend_block w = psa__here<S>();
     psa__u4 zero = {};
-    for (int item = (int)threadIdx.x; item < S::BM * CHUNKS; item += PSA__THREADS) {
+    for (int item = (int)threadIdx.x; item < S::BM * CHUNKS; item += S::THREADS) {
         int r = item / CHUNKS, c = item % CHUNKS;
         psa__sts(psa__at<S::DP>(r, c), psa__query<T>(job, w.b, w.h, w.row0 + r, r < w.rows ? 1 : 0, c));
     }
@@ -1146,12 +1290,12 @@ PSA__DEVICE void psa__qk(const psa__job &job, int stage, float (&s)[S::MT][S::BN
         uint32_t a[S::MT][4];
 #pragma unroll
         for (int i = 0; i < S::MT; i++) {
-            psa__ldmatrix(a[i], (queries ^ (uint32_t)(k * 32)) + (uint32_t)(i * 16 * S::DP * 2));
+            psa__ldmatrix(a[i], (queries ^ psa__step16(k)) + (uint32_t)(i * 16 * S::DP * 2));
         }
 #pragma unroll
         for (int j = 0; j < S::BN / 16; j++) {
             uint32_t x[4];
-            psa__ldmatrix(x, (keys ^ (uint32_t)(k * 32)) + (uint32_t)(j * 16 * S::DP * 2));
+            psa__ldmatrix(x, (keys ^ psa__step16(k)) + (uint32_t)(j * 16 * S::DP * 2));
 #pragma unroll
             for (int i = 0; i < S::MT; i++) {
                 psa__mma(T(), s[i][2 * j], a[i], x[0], x[1]);
@@ -1179,11 +1323,30 @@ template <class S> PSA__DEVICE void psa__add_biases(const psa__job &job, int slo
     }
 }
 
-/* Online softmax in base 2: S becomes exp2(S*scale + bias - m), O and l are rescaled if the maximum grew by more than
- * RESCALE; l is this thread's share of the row sum. */
+/* What makes a tile's logits of S: the same scale and bias for all, or, where they are their own, 1 and 0 and they are
+ * applied. Returns whether they are the same; nothing is hidden then. */
 template <class S>
-PSA__DEVICE void psa__softmax(float scale, float bias, float (&s)[S::MT][S::BN / 8][4], float (&o)[S::MT][S::DP / 8][4],
-                              float (&m)[S::MT * 2], float (&l)[S::MT * 2])
+PSA__DEVICE bool psa__biases(const psa__job &job, int slot, float (&s)[S::MT][S::BN / 8][4], float *scale, float *bias)
+{
+    bool plain = true;
+    *bias = psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN) * 4);
+    *scale = job.scale;
+    for (int x = 0; x < S::BN / 32; x++) {
+        plain &= psa__lds<uint32_t>(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + x) * 4) != 0;
+        plain &= psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN + 32 * x) * 4) == *bias;
+    }
+    if (plain) return true;
+    psa__add_biases<S>(job, slot, s);
+    *scale = 1.0f;
+    *bias = 0.0f;
+    return false;
+}
+
+/* Online softmax in base 2, first part: m and l of the rows with this tile's logits, S*scale + bias. They change only if
+ * a maximum grew by more than RESCALE; returns whether, and then O is to shrink. l is this thread's share of the sum. */
+template <class S>
+PSA__DEVICE bool psa__maxima(float scale, float bias, const float (&s)[S::MT][S::BN / 8][4], float (&m)[S::MT * 2],
+                             float (&l)[S::MT * 2], float (&shrink)[S::MT * 2])
 {
     float top[S::MT * 2];
     bool grew = false;
@@ -1196,16 +1359,28 @@ PSA__DEVICE void psa__softmax(float scale, float bias, float (&s)[S::MT][S::BN /
         top[i] = fmaxf(top[i], psa__shuffle_xor(top[i], 2)) * scale + bias;
         grew |= top[i] > m[i] + PSA__RESCALE;
     }
-    if (psa__ballot(grew)) {
+    if (!psa__ballot(grew)) return false;
 #pragma unroll
-        for (int i = 0; i < S::MT * 2; i++) {
-            float now = fmaxf(m[i], top[i]), shrink = psa__exp2(m[i] - now);
-            m[i] = now;
-            l[i] *= shrink;
-#pragma unroll
-            for (int j = 0; j < S::DP / 8 * 2; j++) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= shrink;
-        }
+    for (int i = 0; i < S::MT * 2; i++) {
+        float now = fmaxf(m[i], top[i]);
+        shrink[i] = psa__exp2(m[i] - now);
+        m[i] = now;
+        l[i] *= shrink[i];
     }
+    return true;
+}
+
+template <class S> PSA__DEVICE void psa__rescale(const float (&shrink)[S::MT * 2], float (&o)[S::MT][S::DP / 8][4])
+{
+#pragma unroll
+    for (int i = 0; i < S::MT * S::DP / 2; i++) o[i / (S::DP / 2)][i / 4 % (S::DP / 8)][i % 4] *= shrink[i / (S::DP / 2) * 2 + i / 2 % 2];
+}
+
+/* Second part: S becomes exp2(S*scale + bias - m). */
+template <class S>
+PSA__DEVICE void psa__weights(float scale, float bias, float (&s)[S::MT][S::BN / 8][4], const float (&m)[S::MT * 2],
+                              float (&l)[S::MT * 2])
+{
 #pragma unroll
     for (int i = 0; i < S::MT * 2; i++) {
         float offset = bias - m[i];
@@ -1246,7 +1421,7 @@ PSA__DEVICE bool psa__pv(const psa__job &job, int stage, const float (&s)[S::MT]
         for (int j = 0; j < S::DP / 16; j++) {
             if (j * 16 >= job.Dv) break;
             uint32_t x[4];
-            psa__ldmatrix_t(x, (values ^ (uint32_t)(j * 32)) + (uint32_t)(k * 16 * S::DP * 2));
+            psa__ldmatrix_t(x, (values ^ psa__step16(j)) + (uint32_t)(k * 16 * S::DP * 2));
 #pragma unroll
             for (int e = 0; guarded && e < 4; e++) {
                 uint32_t finite = psa__finite<T>(x[e]);
@@ -1339,10 +1514,10 @@ PSA__DEVICE void psa__finish(const psa__job &job, float (&o)[S::MT][S::DP / 8][4
 
 /* Which query rows this CTA has: the heads of a KV head side by side, so that they find its rows in the L2 cache; with
  * causality the long rows first. */
-PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM)
+PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM, int64_t x)
 {
     psa__attend_block w;
-    int64_t x = blockIdx.x, tiles = (int64_t)job.nq * job.q_tiles, pooled;
+    int64_t tiles = (int64_t)job.nq * job.q_tiles, pooled;
     int g = (int)(x % job.group), tile = (int)(x / job.group % tiles), head = (int)(x / job.group / tiles);
     if (job.causal) tile = (int)tiles - 1 - tile;
     int iq = tile / job.q_tiles, within = tile % job.q_tiles * BM, hkv = head % job.Hkv;
@@ -1366,7 +1541,7 @@ PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM)
 template <class T, class S>
 __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constant__ psa__job job)
 {
-    psa__attend_block w = psa__attend_block_of(job, S::BM);
+    psa__attend_block w = psa__attend_block_of(job, S::BM, blockIdx.x);
     int r = (int)threadIdx.x, tiles = (w.n + S::BN - 1) / S::BN;
     int begin = (int)((int64_t)tiles * blockIdx.y / job.splits);
     int end = (int)((int64_t)tiles * (blockIdx.y + 1) / job.splits);
@@ -1391,7 +1566,7 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
     psa__load_queries<T, S>(job);
 
     for (int i = begin; i < end; i++) { /* the inner loop */
-        float s[S::MT][S::BN / 8][4];
+        float s[S::MT][S::BN / 8][4], scale, bias, shrink[S::MT * 2];
         psa__pending next = {0, 0, -1};
         int slot = i % S::RING, ahead = i + S::STAGES - 1;
         psa__cp_wait<S::STAGES - 2>();
@@ -1401,18 +1576,9 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
         if (r < S::BN) next = psa__find_row<S>(job, (ahead + 1) * S::BN + r);
 
         psa__qk<T, S>(job, i % S::STAGES, s);
-        float bias = psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN) * 4), scale = job.scale;
-        bool plain = true;
-        for (int x = 0; x < S::BN / 32; x++) {
-            plain &= psa__lds<uint32_t>(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + x) * 4) != 0;
-            plain &= psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN + 32 * x) * 4) == bias;
-        }
-        if (!plain) {
-            psa__add_biases<S>(job, slot, s);
-            scale = 1.0f;
-            bias = 0.0f;
-        }
-        psa__softmax<S>(scale, bias, s, o, m, l);
+        bool plain = psa__biases<S>(job, slot, s, &scale, &bias);
+        if (psa__maxima<S>(scale, bias, s, m, l, shrink)) psa__rescale<S>(shrink, o);
+        psa__weights<S>(scale, bias, s, m, l);
         if (plain || !job.causal) {
             psa__pv<T, S, false>(job, i % S::STAGES, s, o);
         } else if (psa__ballot(psa__pv<T, S, true>(job, i % S::STAGES, s, o))) {
@@ -1421,6 +1587,201 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
         if (r < S::BN) psa__publish_row<S>(job, next, (ahead + 1) % S::RING, r);
     }
     psa__finish<S>(job, o, m, l);
+}
+
+/* ================================================================================================================= */
+/* >>hopper: attend by wgmma and TMA                                                                                 */
+/* ================================================================================================================= */
+
+/* As psa__attend, with other means: three warpgroups on an SM, that go through query tiles x, x + grid, ... on their own.
+ *
+ *   the last one brings rows in: each of its threads has row r of every tile, and TMA copies boxes of it, either 8 rows
+ *   of a block at once or, where a group of 8 has rows of several blocks, row by row. Rows that do not exist are boxes
+ *   outside of the tensor: zeros. So every stage takes the same number of bytes, whatever it holds.
+ *   the other two multiply, each for 64 rows of queries: QK from shared memory, PV with P in registers, V MN-major.
+ *   QK of a tile is under way with PV of the tile before; and while one warpgroup computes weights the other multiplies.
+ *
+ * K and V of a stage each have two barriers: full, when their boxes have landed and their rows are published, and empty,
+ * when every warp that multiplies is done with them. Phase t / STAGES of both is that of tile t, counted over all query
+ * tiles. The ring of rows is one longer than that of stages: K of tile t - STAGES being empty, t - STAGES - 1 is past. */
+
+constexpr int PSA__PRODUCERS = 128, PSA__PRODUCER_REGISTERS = 40, PSA__CONSUMER_REGISTERS = 232;
+constexpr int PSA__TURN = 1, PSA__CONSUME = 3, PSA__PRODUCE = 4; /* ids of named barriers; TURN + 0, 1: whose turn it is */
+
+/* tensors[is_v][is_pooled][one row, 8 rows] */
+struct psa__hopper_job : psa__job {
+    psa__map map[2][2][2];
+    int tiles; /* of queries */
+};
+
+using psa__hopper_64 = psa__tiles<128, 128, 64, 4, 8>;
+using psa__hopper_128 = psa__tiles<128, 128, 128, 2, 8>;
+
+template <class S> struct psa__hopper_shape {
+    static constexpr uint32_t AT_FULL = (S::BYTES + 7) / 8 * 8, AT_EMPTY = AT_FULL + S::STAGES * 16; /* K, V, K, V, ... */
+    static constexpr uint32_t BYTES = AT_EMPTY + S::STAGES * 16;
+    static_assert(BYTES <= 227 * 1024, "what sm_90 has");
+};
+
+/* Tile t of K (0) or V (1): its offset, its barriers, the parity of its phase. */
+template <class S> PSA__DEVICE uint32_t psa__stage(uint32_t t, int is_v)
+{
+    return S::AT_KV + (t % S::STAGES * 2 + (uint32_t)is_v) * S::KV;
+}
+template <class S> PSA__DEVICE uint32_t psa__full(uint32_t t, int is_v)
+{
+    return psa__hopper_shape<S>::AT_FULL + (t % S::STAGES * 2 + (uint32_t)is_v) * 8;
+}
+template <class S> PSA__DEVICE uint32_t psa__empty(uint32_t t, int is_v)
+{
+    return psa__hopper_shape<S>::AT_EMPTY + (t % S::STAGES * 2 + (uint32_t)is_v) * 8;
+}
+template <class S> PSA__DEVICE uint32_t psa__parity(uint32_t t) { return t / S::STAGES & 1; }
+
+/* Begins query tile x, for one role; returns the tiles of its stream. */
+template <class S> PSA__DEVICE int psa__begin(const psa__job &job, int x, int first, int id, int threads)
+{
+    int r = (int)threadIdx.x - first;
+    psa__attend_block w = psa__attend_block_of(job, S::BM, x);
+    psa__group_sync(id, threads); /* all are done with the one before */
+    if (r == 0) psa__sts(psa__at_block<S>(), w);
+    if (first > 0 && r < PSA_MAX_LEVELS) {
+        psa__sts(S::AT_COUNT + (uint32_t)r * 4, (int)job.count[(int64_t)w.task * PSA_MAX_LEVELS + r]);
+    }
+    psa__group_sync(id, threads);
+    return w.rows <= 0 ? 0 : (w.n + S::BN - 1) / S::BN;
+}
+
+/* Row r of the tile and those of the other lanes to tile t of K or V. */
+template <class S> PSA__DEVICE void psa__boxes(const psa__hopper_job &job, uint32_t row, int r, uint32_t t, int is_v)
+{
+    psa__attend_block w = psa__here<S>();
+    int lane = r % 32, hkv = w.h / job.group, at = (int)(row & ~PSA__POOLED);
+    uint32_t first = psa__shuffle(row, lane & ~7), to = psa__stage<S>(t, is_v), bar = psa__full<S>(t, is_v);
+    uint32_t together = psa__ballot(row == first + (uint32_t)(lane & 7) || (row == PSA__NONE && first == PSA__NONE));
+    bool eight = (together >> (lane & 24) & 0xff) == 0xff, pooled = row != PSA__NONE && row >= PSA__POOLED;
+    const psa__map &map = job.map[is_v][pooled][eight];
+    if (row == PSA__NONE) at = job.Nk;
+    psa__sync_warp(); /* all have published their rows */
+    if (lane == 0) psa__bar_expect(bar, 32 * S::DP * 2);
+    if (eight && lane % 8 == 0) psa__box(to + psa__at<S::DP>(r, 0), map, at, 0, hkv, w.b, bar);
+    for (int half = 0; !eight && half < S::DP / 64; half++) {
+        psa__box(to + (uint32_t)((r >> 3) * S::DP * 16 + half * 1024 + (r & 7) * 128), map, at, half, hkv, w.b, bar);
+    }
+}
+
+template <class S> PSA__DEVICE void psa__produce(const psa__hopper_job &job)
+{
+    int r = (int)threadIdx.x - S::THREADS;
+    uint32_t t = 0;
+    for (int x = (int)blockIdx.x; x < job.tiles; x += (int)gridDim.x) {
+        int tiles = psa__begin<S>(job, x, S::THREADS, PSA__PRODUCE, PSA__PRODUCERS);
+        for (int i = 0; i < tiles; i++, t++) {
+            psa__pending next = psa__find_row<S>(job, i * S::BN + r);
+            psa__bar_wait(psa__empty<S>(t, 0), psa__parity<S>(t) ^ 1);
+            uint32_t row = psa__publish_row<S>(job, next, (int)(t % S::RING), r);
+            psa__boxes<S>(job, row, r, t, 0);
+            psa__bar_wait(psa__empty<S>(t, 1), psa__parity<S>(t) ^ 1);
+            psa__boxes<S>(job, row, r, t, 1);
+        }
+    }
+}
+
+/* Every warp says so. */
+template <class S> PSA__DEVICE void psa__release(uint32_t t, int is_v)
+{
+    psa__sync_warp();
+    if (threadIdx.x % 32 == 0) psa__bar_arrive(psa__empty<S>(t, is_v));
+}
+
+/* Puts S = Q K^T under way. */
+template <class T, class S> PSA__DEVICE void psa__start_qk(uint32_t t, float (&s)[1][S::BN / 8][4])
+{
+    uint64_t a = psa__descriptor(psa__at<S::DP>((int)threadIdx.x / 128 * 64, 0), 0, S::DP * 16);
+    uint64_t b = psa__descriptor(psa__stage<S>(t, 0), 0, S::DP * 16);
+#pragma unroll
+    for (int k = 0; k < S::DP / 16; k++) psa__wgmma(T(), s[0], a + psa__step16(k) / 16, b + psa__step16(k) / 16, k > 0);
+    psa__wgmma_commit();
+}
+
+/* Puts O += P V under way. */
+template <class T, class S>
+PSA__DEVICE void psa__start_pv(uint32_t t, const uint32_t (&p)[S::BN / 16][4], float (&o)[1][S::DP / 8][4])
+{
+    uint64_t b = psa__descriptor(psa__stage<S>(t, 1), 1024, S::DP * 16);
+#pragma unroll
+    for (int k = 0; k < S::BN / 16; k++) psa__wgmma(T(), o[0], p[k], b + (uint64_t)(k * S::DP * 2));
+    psa__wgmma_commit();
+}
+
+/* P = S in 16 bits, as psa__pv does it. */
+template <class T, class S>
+PSA__DEVICE void psa__pack_weights(const float (&s)[1][S::BN / 8][4], uint32_t (&p)[S::BN / 16][4])
+{
+#pragma unroll
+    for (int i = 0; i < S::BN / 4; i++) {
+        const float(&x)[4] = s[0][i / 4 * 2 + i % 4 / 2];
+        p[i / 4][i % 4] = psa__pack(T(), x[i % 2 * 2], x[i % 2 * 2 + 1]);
+    }
+}
+
+template <class T, class S> PSA__DEVICE void psa__consume(const psa__hopper_job &job)
+{
+    uint32_t t = 0;
+    for (int x = (int)blockIdx.x; x < job.tiles; x += (int)gridDim.x) {
+        int tiles = psa__begin<S>(job, x, 0, PSA__CONSUME, S::THREADS);
+        float o[1][S::DP / 8][4] = {}, m[2] = {PSA__LOWEST, PSA__LOWEST}, l[2] = {}, s[1][S::BN / 8][4];
+        psa__load_queries<T, S>(job);
+        psa__fence_async();
+        psa__group_sync(PSA__CONSUME, S::THREADS);
+        for (int i = 0; i < tiles; i++, t++) { /* the inner loop */
+            uint32_t p[S::BN / 16][4];
+            float scale, bias, shrink[2];
+            int slot = (int)(t % S::RING);
+            psa__bar_wait(psa__full<S>(t, 0), psa__parity<S>(t));
+            psa__wgmma_fence();
+            psa__start_qk<T, S>(t, s);
+            psa__wgmma_wait<0>(s[0]);
+            bool plain = psa__biases<S>(job, slot, s, &scale, &bias);
+            psa__release<S>(t, 0);
+            if (psa__maxima<S>(scale, bias, s, m, l, shrink)) psa__rescale<S>(shrink, o);
+            psa__weights<S>(scale, bias, s, m, l);
+            psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
+            if (plain || !job.causal) {
+                psa__pack_weights<T, S>(s, p);
+                psa__wgmma_fence();
+                psa__start_pv<T, S>(t, p, o);
+                psa__wgmma_wait<0>(o[0]);
+            } else if (psa__ballot(psa__pv<T, S, true>(job, (int)(t % S::STAGES), s, o))) {
+                psa__add_odd<T, S>(job, (int)(t % S::STAGES), slot, o);
+            }
+            psa__release<S>(t, 1);
+        }
+        psa__finish<S>(job, o, m, l);
+    }
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(S::THREADS + PSA__PRODUCERS, 1)
+    psa__attend_hopper(const __grid_constant__ psa__hopper_job job)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(PSA_CUDA_EMULATED)
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < 2 * S::STAGES; i++) {
+            psa__bar_init(psa__hopper_shape<S>::AT_FULL + i * 8, PSA__PRODUCERS / 32);
+            psa__bar_init(psa__hopper_shape<S>::AT_EMPTY + i * 8, S::THREADS / 32);
+        }
+        psa__fence_async();
+    }
+    psa__barrier();
+    if ((int)threadIdx.x >= S::THREADS) {
+        psa__fewer_registers<PSA__PRODUCER_REGISTERS>();
+        psa__produce<S>(job);
+    } else {
+        psa__more_registers<PSA__CONSUMER_REGISTERS>();
+        psa__consume<T, S>(job);
+    }
+#endif
 }
 
 /* ================================================================================================================= */
@@ -1478,6 +1839,7 @@ static __global__ void __launch_bounds__(PSA__THREADS, PSA__CTAS) psa__combine(c
 
 constexpr int PSA__FEW_CTAS = 128; /* with fewer, about the SMs of a GPU, streams are split */
 constexpr int PSA__MAX_SPLITS = 16;
+constexpr const char *PSA__NO_LAUNCH = "a kernel could not be launched";
 constexpr const char *PSA__TOO_LARGE = "stride * D is too large for scores on this device";
 
 static psa_result psa__refuse(const psa_plan *p, psa_result result, const char *message)
@@ -1625,6 +1987,49 @@ template <class T> static psa__choice psa__choose_attend(const psa_plan *p)
     return {psa__attend<T, psa__tiles_64>, psa__tiles_64::BYTES};
 }
 
+/* Boxes of a row and of 8 rows of a tensor [B][heads][rows][D]. */
+static bool psa__make_maps(psa__map (&map)[2], const psa_tensor *t)
+{
+    const uint64_t size[5] = {64, (uint64_t)t->ne[1], (uint64_t)t->ne[0] / 64, (uint64_t)t->ne[2], (uint64_t)t->ne[3]};
+    const uint64_t stride[4] = {t->nb[1], 128, t->nb[2], t->nb[3]};
+    const uint32_t one[5] = {64, 1, 1, 1, 1}, eight[5] = {64, 8, (uint32_t)t->ne[0] / 64, 1, 1};
+    bool aligned = ((uintptr_t)t->data | t->nb[1] | t->nb[2] | t->nb[3]) % 128 == 0;
+    return aligned && psa__make_map(&map[0], t->data, size, stride, one) &&
+           psa__make_map(&map[1], t->data, size, stride, eight);
+}
+
+/* Whether psa__attend_hopper can do it and is asked to; its job then. */
+static bool psa__hopper_init(psa__hopper_job *h, const psa__job *job)
+{
+    const psa_plan *p = &job->plan;
+    const char *wanted = getenv("PSA_SM90");
+    int device = 0, major = 0, minor = 0;
+    int64_t rows = p->pooled_rows > 0 ? p->pooled_rows : 1; /* dense: nothing is read from there */
+    if (!wanted || strcmp(wanted, "1") != 0 || p->D != p->Dv || (p->D != 64 && p->D != 128)) return false;
+    if (job->splits > 1 || p->desc.block_q <= 64) return false;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess || major * 10 + minor != 90) {
+        return false;
+    }
+    static_cast<psa__job &>(*h) = *job;
+    h->tiles = (int)psa__map_rows(p) * job->q_tiles;
+    psa_tensor pooled = psa_tensor_4d(job->pooled_k, PSA_BF16, p->D, rows, p->Hkv, p->B);
+    psa_tensor pooled_v = psa__with_data(pooled, job->pooled_v);
+    return psa__make_maps(h->map[0][0], &job->read_k) && psa__make_maps(h->map[1][0], &job->read_v) &&
+           psa__make_maps(h->map[0][1], &pooled) && psa__make_maps(h->map[1][1], &pooled_v);
+}
+
+template <class T, class S> static psa_result psa__run_hopper(const psa__hopper_job &h, void *stream)
+{
+    int device = 0, sms = 1;
+    if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    unsigned ctas = (unsigned)(h.tiles < sms ? h.tiles : sms);
+    cudaError_t e = psa__enqueue(psa__attend_hopper<T, S>, ctas, 1, S::THREADS + PSA__PRODUCERS,
+                                 psa__hopper_shape<S>::BYTES, stream, h);
+    return e == cudaSuccess ? PSA_OK : psa__refuse(&h.plan, PSA_ERR_CUDA_LAUNCH, PSA__NO_LAUNCH);
+}
+
 /* What every stage begins with: the device, the limits, the job. Pointers may be NULL where a stage has none. */
 static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q, const void *k, const void *v,
                                 const void *out, void *work)
@@ -1674,7 +2079,7 @@ static psa_result psa__run(const psa_plan *p, void (*kernel)(psa__job), int64_t 
                            const psa__job &job)
 {
     cudaError_t e = psa__enqueue(kernel, (unsigned)x, (unsigned)y, PSA__THREADS, shared, stream, job);
-    return e == cudaSuccess ? PSA_OK : psa__refuse(p, PSA_ERR_CUDA_LAUNCH, "a kernel could not be launched");
+    return e == cudaSuccess ? PSA_OK : psa__refuse(p, PSA_ERR_CUDA_LAUNCH, PSA__NO_LAUNCH);
 }
 
 extern "C" size_t psa_cuda_work_size(const psa_plan *plan)
@@ -1733,6 +2138,7 @@ extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const
                                       void *out, float *lse, void *stream)
 {
     psa__job job;
+    psa__hopper_job hopper;
     psa__choice choice;
     psa_result r = psa__job_init(&job, plan, q, k, v, out, work);
     if (r != PSA_OK) return r;
@@ -1740,6 +2146,13 @@ extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const
         return psa__refuse(plan, PSA_ERR_NULL, "q, k, v and out must not be NULL, in the plan neither");
     }
     job.lse = lse;
+    if (psa__hopper_init(&hopper, &job)) {
+        bool f16 = plan->k.type == PSA_F16, wide = plan->D == 128;
+        return f16 ? wide ? psa__run_hopper<psa__f16, psa__hopper_128>(hopper, stream)
+                          : psa__run_hopper<psa__f16, psa__hopper_64>(hopper, stream)
+                   : wide ? psa__run_hopper<psa__bf16, psa__hopper_128>(hopper, stream)
+                          : psa__run_hopper<psa__bf16, psa__hopper_64>(hopper, stream);
+    }
     choice = plan->k.type == PSA_F16 ? psa__choose_attend<psa__f16>(plan) : psa__choose_attend<psa__bf16>(plan);
     r = psa__run(plan, choice.kernel, psa__map_rows(plan) * job.q_tiles, job.splits, choice.shared, stream, job);
     if (r != PSA_OK || job.splits == 1) return r;

@@ -8,7 +8,11 @@
  *   - Shared memory starts as NaN in each type; every access is checked for bounds and alignment.
  *   - Lanes that meet at different collectives, and blocks in which nothing can run any more, are errors.
  *   - Shared-memory wavefronts are counted per source line.
- *   - A barrier or a wait can be left out by its source line: the tests prove that they would notice. */
+ *   - Boxes of TMA land at once or when nothing else can run, wgmma is carried out at once or at its wait: registers and
+ *     shared memory that are touched in between show. Barriers in shared memory have phases, arrivals and bytes to come;
+ *     what threads write there is for wgmma and TMA to read only after a fence of the writer's.
+ *   - A barrier or a wait can be left out by its source line, an address, a parity or a number of bytes made wrong: the
+ *     tests prove that they would notice. */
 #ifndef EMU_H
 #define EMU_H
 
@@ -31,19 +35,21 @@
 namespace emu {
 
 enum schedule { IN_ORDER, RANDOM, AHEAD, BEHIND };
-enum landing { LATE, EARLY, COIN }; /* when a cp.async copies */
+enum landing { LATE, EARLY, COIN }; /* when a cp.async or a box copies, and wgmma multiplies */
 
 struct options {
     schedule order = IN_ORDER;
     landing copies = LATE;
     int warp = 0;           /* the one ahead or behind */
     uint64_t seed = 1;
-    int skip_line = 0;      /* the barrier or wait on this line does nothing */
-    int shift_line = 0;     /* the ldmatrix on this line reads the chunk beside the right one */
+    int skip_line = 0;      /* the barrier, fence or wait on this line does nothing */
+    int shift_line = 0;     /* the ldmatrix, box or wgmma on this line has the chunk beside the right one */
+    int spoil_line = 0;     /* the wait on this line has the other parity, the expect on it some bytes too few */
     bool quiet = false;     /* errors are not printed */
     bool count = false;     /* wavefronts per line */
     int capability = 80;    /* what cudaDeviceGetAttribute says */
     int shared_max = 99 * 1024;
+    int sms = 2;
 };
 
 struct line_count { /* of one access in the source */
@@ -51,7 +57,7 @@ struct line_count { /* of one access in the source */
 };
 
 enum { MAX_THREADS = 1024, STACK = 64 * 1024, SHARED = 256 * 1024 };
-enum state : uint8_t { RUNNABLE, AT_WARP, AT_BLOCK, DONE };
+enum state : uint8_t { RUNNABLE, AT_WARP, AT_BLOCK, AT_EVENT, DONE };
 
 struct copy {
     uint32_t to;
@@ -63,26 +69,70 @@ struct fiber {
     ucontext_t start;
     std::vector<char> stack;
     std::vector<std::vector<copy>> groups; /* cp.async; the last one is open */
+    std::vector<uint32_t> written;         /* chunks that wgmma and TMA may not see yet */
     bool started;
     state now;
 };
 
+/* wgmma of one warp: 16 of the 64 rows. */
+struct product {
+    void (*run)(const product &);
+    float *d[32];        /* each lane's accumulators, four for every eight columns */
+    const uint32_t *a[32]; /* NULL: desc_a says where they lie */
+    uint64_t desc_a, desc_b;
+    int n, row0;
+    bool add;
+};
+
 struct warp {
-    int arrived, line;
+    int arrived, line, registers;
     uint32_t in[32][12];
     uint32_t out[32][4];
+    bool fenced;                                /* since the last wait */
+    std::vector<std::vector<product>> products; /* groups; the last one is open */
+};
+
+/* An mbarrier: a phase ends when nobody is to arrive any more and no bytes are to come. */
+struct barrier {
+    int arrivals, pending;
+    int64_t bytes;
+    uint32_t phase;
+};
+
+struct group { /* a named barrier */
+    int arrived;
+    uint32_t phase;
+};
+
+/* What cuTensorMapEncodeTiled makes: 16-bit elements, dimension 0 without gaps. */
+struct tensor_map {
+    const char *data;
+    int64_t size[5], stride[5]; /* in elements and bytes */
+    int box[5];
+    uint32_t span;              /* of the swizzle, in bytes: 16 (none), 32, 64, 128 */
+};
+
+struct box { /* under way */
+    tensor_map map;
+    uint32_t to, barrier, shift;
+    int64_t from[5];
 };
 
 struct machine {
     options opt;
     std::map<int, line_count> lines;
-    std::set<int> syncs, matrices; /* lines of the barriers and waits, and of the ldmatrix, that were met */
-    uint64_t mmas = 0, exps = 0, copied = 0, random = 1; /* copied: bytes of cp.async that exist */
+    std::set<int> syncs, matrices, phases; /* lines for skip_line, shift_line and spoil_line that were met */
+    uint64_t mmas = 0, exps = 0, copied = 0, random = 1; /* copied: bytes that exist; mmas: m16n8k16 */
+    int most_threads = 0; /* of a block */
     bool failed = false; /* the launch */
 
     alignas(1024) unsigned char shared[SHARED];
+    uint16_t writer[SHARED / 16]; /* 1 + the thread whose fence a chunk waits for */
     uint32_t shared_size = 0;
-    int threads = 0, current = 0, at_block = 0, left = 0;
+    int threads = 0, current = 0, at_block = 0, left = 0, free_registers = 0;
+    std::map<uint32_t, barrier> barriers;
+    std::map<int, group> groups;
+    std::vector<box> boxes;
     uint64_t runnable[MAX_THREADS / 64];
     fiber fibers[MAX_THREADS];
     warp warps[MAX_THREADS / 32];
@@ -152,7 +202,7 @@ inline int runnable_from(int from, int avoid)
     return spare;
 }
 
-inline int pick()
+inline int pick_runnable()
 {
     switch (m.opt.order) {
     case RANDOM: return runnable_from((int)(next_random() % (uint64_t)m.threads), -1);
@@ -163,11 +213,27 @@ inline int pick()
     return runnable_from(0, -1);
 }
 
+void land_box();
+
+/* Where no thread can run, boxes land one by one until one can. */
+__attribute__((noinline)) inline int pick()
+{
+    int i = pick_runnable();
+    while (i < 0 && !m.boxes.empty()) {
+        land_box();
+        i = pick_runnable();
+    }
+    return i;
+}
+
 inline void entry()
 {
     m.body(m.arg);
     set_state(m.current, DONE);
-    if (--m.left == 0) _longjmp(m.home, 1);
+    if (--m.left == 0) {
+        if (!m.boxes.empty()) fail("%ld boxes are under way when the block ends", (long)m.boxes.size());
+        _longjmp(m.home, 1);
+    }
     int i = pick();
     if (i < 0) fail("the others wait for a thread that has returned");
     void resume(int);
@@ -197,6 +263,19 @@ inline void block_as(state s)
     if (_setjmp(m.fibers[m.current].at) == 0) resume(i);
 }
 
+/* Until ready() says so; it is asked again after every wake. */
+template <class F> void wait_until(F ready)
+{
+    while (!ready()) block_as(AT_EVENT);
+}
+
+inline void wake()
+{
+    for (int i = 0; i < m.threads; i++) {
+        if (m.fibers[i].now == AT_EVENT) set_state(i, RUNNABLE);
+    }
+}
+
 /* Buffers that end at a page that cannot be read turn a bad global address into this. */
 inline void bad_address(int)
 {
@@ -208,20 +287,32 @@ inline void bad_address(int)
 inline void run_block(int threads, size_t shared, void (*body)(void *), void *arg)
 {
     m.threads = m.left = threads;
+    if (threads > m.most_threads) m.most_threads = threads;
     m.shared_size = (uint32_t)shared;
     m.at_block = 0;
     m.body = body;
     m.arg = arg;
     memset(m.shared, 0xff, shared);
+    memset(m.writer, 0, sizeof m.writer);
     memset(m.runnable, 0, sizeof m.runnable);
+    m.barriers.clear();
+    m.groups.clear();
+    m.boxes.clear();
+    m.free_registers = 0;
     for (int i = 0; i < threads; i++) {
         fiber &f = m.fibers[i];
         if (f.stack.empty()) f.stack.resize(STACK);
         f.groups.assign(1, {});
+        f.written.clear();
         f.started = false;
         set_state(i, RUNNABLE);
     }
-    for (warp &w : m.warps) w.arrived = 0;
+    for (warp &w : m.warps) {
+        w.arrived = 0;
+        w.fenced = false;
+        w.registers = 65536 / threads / 8 * 8;
+        w.products.assign(1, {});
+    }
     struct sigaction action = {};
     action.sa_handler = bad_address;
     action.sa_flags = SA_NODEFER;
@@ -317,6 +408,114 @@ inline void land(const copy &c)
     else memset(m.shared + c.to, 0, 16);
 }
 
+/* What a thread has written is for others to read after a barrier, for wgmma and TMA after a fence. */
+inline void mark_written(uint32_t address, uint32_t bytes)
+{
+    for (uint32_t c = address / 16; c < (address + bytes + 15) / 16; c++) {
+        if (m.writer[c] == m.current + 1) continue;
+        m.writer[c] = (uint16_t)(m.current + 1);
+        m.fibers[m.current].written.push_back(c);
+    }
+}
+
+/* ---- TMA and barriers in shared memory ---- */
+
+inline barrier &barrier_at(uint32_t address)
+{
+    at(address, 8, 8);
+    auto found = m.barriers.find(address);
+    if (found == m.barriers.end()) fail("there is no barrier at %ld", address);
+    return found->second;
+}
+
+inline void settle(barrier &b)
+{
+    if (b.pending < 0) fail("more threads arrive than the barrier has");
+    if (b.bytes < -(1 << 20) || b.bytes >= 1 << 20) fail("%ld bytes to come", (long)b.bytes);
+    if (b.pending > 0 || b.bytes != 0) return;
+    b.pending = b.arrivals;
+    b.phase++;
+    wake();
+}
+
+/* Chunks of 16 bytes change places inside 8 rows of 128 bytes, by the bits of the address. */
+inline uint32_t swizzled(uint32_t address, uint32_t span)
+{
+    return address ^ ((address >> 7 & (span / 16 - 1)) << 4);
+}
+
+/* The box to shared memory, dimension 0 fastest; what lies outside of the tensor is zero. */
+inline void copy_box(const box &b)
+{
+    const tensor_map &t = b.map;
+    uint32_t to = b.to;
+    int64_t i[5];
+    for (i[4] = 0; i[4] < t.box[4]; i[4]++) {
+        for (i[3] = 0; i[3] < t.box[3]; i[3]++) {
+            for (i[2] = 0; i[2] < t.box[2]; i[2]++) {
+                for (i[1] = 0; i[1] < t.box[1]; i[1]++) {
+                    for (i[0] = 0; i[0] < t.box[0]; i[0] += 8, to += 16) {
+                        int64_t offset = 0;
+                        bool inside = true;
+                        for (int d = 0; d < 5; d++) {
+                            inside &= b.from[d] + i[d] >= 0 && b.from[d] + i[d] < t.size[d];
+                            offset += (b.from[d] + i[d]) * t.stride[d];
+                        }
+                        unsigned char *chunk = at(swizzled(to, t.span) ^ b.shift, 16, 16);
+                        if (inside) memcpy(chunk, t.data + offset, 16);
+                        else memset(chunk, 0, 16);
+                        m.writer[(chunk - m.shared) / 16] = 0;
+                        m.copied += inside ? 16 : 0;
+                    }
+                }
+            }
+        }
+    }
+    barrier &bar = barrier_at(b.barrier);
+    bar.bytes -= to - b.to;
+    settle(bar);
+}
+
+inline void land_box()
+{
+    size_t i = m.opt.order == RANDOM ? next_random() % m.boxes.size() : 0;
+    box b = m.boxes[i];
+    m.boxes.erase(m.boxes.begin() + (long)i);
+    copy_box(b);
+}
+
+inline bool at_once()
+{
+    return m.opt.copies == EARLY || (m.opt.copies == COIN && (next_random() & 1));
+}
+
+/* ---- wgmma ---- */
+
+/* Offset of element (row, k) of an operand: the 128-byte swizzle of the PTX manual. K-major: rows of 128 bytes, groups
+ * of 8 at the descriptor's stride. MN-major: 64 elements of a column in 128 bytes, 8 columns to a group at the stride,
+ * the next 64 elements at the leading stride. */
+inline uint32_t operand(uint64_t desc, bool mn_major, int row, int k)
+{
+    uint32_t start = (uint32_t)(desc & 0x3fff) << 4, leading = (uint32_t)(desc >> 16 & 0x3fff) << 4;
+    uint32_t stride = (uint32_t)(desc >> 32 & 0x3fff) << 4, r = (uint32_t)row, c = (uint32_t)k;
+    if (desc >> 62 != 1 || (desc >> 49 & 7) != 0) fail("a descriptor without the 128-byte swizzle, or with an offset");
+    uint32_t to = mn_major ? r / 64 * leading + r % 64 * 2 + c / 8 * stride + c % 8 * 128
+                           : r / 8 * stride + r % 8 * 128 + c * 2;
+    return swizzled(start + to, 128);
+}
+
+inline uint16_t element(uint64_t desc, bool mn_major, int row, int k)
+{
+    uint16_t x;
+    uint32_t address = operand(desc, mn_major, row, k);
+    unsigned char *from = at(address, 2, 2);
+    if (m.writer[address / 16]) {
+        fail("wgmma reads %ld, which thread %ld wrote without a fence", address, m.writer[address / 16] - 1);
+    }
+    memcpy(&x, from, 2);
+    return x;
+}
+
 /* ---- launches ---- */
 
 template <class J> struct launch_arg {
@@ -369,6 +568,7 @@ extern "C" __attribute__((used)) inline cudaError_t cudaGetDevice(int *device)
 extern "C" __attribute__((used)) inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
 {
     *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emu::m.opt.shared_max
+             : attribute == cudaDevAttrMultiProcessorCount        ? emu::m.opt.sms
              : attribute == cudaDevAttrComputeCapabilityMajor     ? emu::m.opt.capability / 10
                                                                   : emu::m.opt.capability % 10;
     return cudaSuccess;
@@ -452,6 +652,7 @@ template <class V> void psa__sts(uint32_t address, const V &v, PSA__LINE)
 {
     if (emu::m.opt.count && sizeof(V) <= 16) emu::count_lane(line, address, sizeof(V));
     memcpy(emu::at(address, sizeof(V), alignof(V)), &v, sizeof(V));
+    emu::mark_written(address, sizeof(V));
 }
 
 static inline void psa__barrier(PSA__LINE) { emu::block_barrier(line); }
@@ -469,8 +670,7 @@ static inline void psa__cp_async(uint32_t to, const void *from, bool exists, PSA
     if (emu::m.opt.count) emu::count_lane(line, to, 16);
     emu::at(to, 16, 16);
     if ((uintptr_t)from % 16 != 0) emu::fail("cp.async from an address that is not a multiple of 16");
-    bool now = emu::m.opt.copies == emu::EARLY || (emu::m.opt.copies == emu::COIN && (emu::next_random() & 1));
-    if (now) emu::land(c);
+    if (emu::at_once()) emu::land(c);
     else emu::m.fibers[emu::m.current].groups.back().push_back(c);
 }
 
@@ -599,5 +799,218 @@ static inline float psa__exp2(float x)
 }
 
 static inline uint32_t psa__opaque(uint32_t x) { return x; }
+
+/* ---- of Hopper ---- */
+
+static inline bool psa__skipped(int line)
+{
+    emu::m.syncs.insert(line);
+    return line == emu::m.opt.skip_line;
+}
+
+static inline uint32_t psa__group_join(int id, int threads)
+{
+    emu::group &g = emu::m.groups[id];
+    uint32_t phase = g.phase;
+    if (++g.arrived < threads) return phase;
+    g.arrived = 0;
+    g.phase++;
+    emu::wake();
+    return phase;
+}
+
+static inline void psa__group_arrive(int id, int threads, PSA__LINE)
+{
+    if (!psa__skipped(line)) psa__group_join(id, threads);
+}
+
+static inline void psa__group_sync(int id, int threads, PSA__LINE)
+{
+    if (psa__skipped(line)) return;
+    uint32_t phase = psa__group_join(id, threads);
+    emu::wait_until([=] { return emu::m.groups[id].phase != phase; });
+}
+
+static inline void psa__bar_init(uint32_t at, int arrivals)
+{
+    emu::at(at, 8, 8);
+    emu::m.barriers[at] = {arrivals, arrivals, 0, 0};
+}
+
+static inline void psa__bar_arrive(uint32_t at, PSA__LINE)
+{
+    emu::barrier &b = emu::barrier_at(at);
+    if (psa__skipped(line)) return;
+    b.pending--;
+    emu::settle(b);
+}
+
+static inline void psa__bar_expect(uint32_t at, uint32_t bytes, PSA__LINE)
+{
+    emu::barrier &b = emu::barrier_at(at);
+    emu::m.phases.insert(line);
+    if (psa__skipped(line)) return;
+    b.bytes += bytes - (line == emu::m.opt.spoil_line ? 1024 : 0);
+    b.pending--;
+    emu::settle(b);
+}
+
+static inline void psa__bar_wait(uint32_t at, uint32_t parity, PSA__LINE)
+{
+    emu::barrier &b = emu::barrier_at(at);
+    emu::m.phases.insert(line);
+    if (psa__skipped(line)) return;
+    uint32_t past = (line == emu::m.opt.spoil_line ? ~parity : parity) & 1;
+    emu::wait_until([&] { return (b.phase & 1) != past; });
+}
+
+static inline void psa__fence_async(PSA__LINE)
+{
+    emu::fiber &f = emu::m.fibers[emu::m.current];
+    if (psa__skipped(line)) return;
+    for (uint32_t c : f.written) {
+        if (emu::m.writer[c] == emu::m.current + 1) emu::m.writer[c] = 0;
+    }
+    f.written.clear();
+}
+
+/* More: when others have given up enough of theirs. */
+template <int N> void psa__registers(PSA__LINE)
+{
+    static_assert(N % 8 == 0 && N >= 24 && N <= 256, "what setmaxnreg takes");
+    emu::collective(line, [](emu::warp &) {});
+    if (emu::m.current % 32 == 0) {
+        emu::warp &w = emu::m.warps[emu::m.current / 32];
+        int more = 32 * (N - w.registers);
+        emu::wait_until([=] { return more <= emu::m.free_registers; });
+        w.registers = N;
+        emu::m.free_registers -= more;
+        emu::wake();
+    }
+    emu::collective(line, [](emu::warp &) {});
+}
+template <int N> void psa__more_registers(PSA__LINE) { psa__registers<N>(line); }
+template <int N> void psa__fewer_registers(PSA__LINE) { psa__registers<N>(line); }
+
+typedef emu::tensor_map psa__map;
+
+/* As the driver: false if it would refuse. */
+static inline bool psa__make_map(psa__map *map, const void *data, const uint64_t *size, const uint64_t *stride,
+                                 const uint32_t *box)
+{
+    bool good = (uintptr_t)data % 16 == 0 && box[0] * 2 <= 128;
+    *map = {(const char *)data, {}, {2}, {}, 128};
+    for (int i = 0; i < 5; i++) {
+        good &= size[i] > 0 && size[i] <= UINT64_C(1) << 32 && box[i] > 0 && box[i] <= 256;
+        good &= i == 0 || (stride[i - 1] % 16 == 0 && stride[i - 1] < UINT64_C(1) << 40);
+        map->size[i] = (int64_t)size[i];
+        map->box[i] = (int)box[i];
+        if (i > 0) map->stride[i] = (int64_t)stride[i - 1];
+    }
+    return good;
+}
+
+static inline void psa__box(uint32_t to, const psa__map &map, int row, int half, int head, int batch, uint32_t bar,
+                            PSA__LINE)
+{
+    emu::box b = {map, to, bar, line == emu::m.opt.shift_line ? 16u : 0u, {0, row, half, head, batch}};
+    emu::m.matrices.insert(line);
+    emu::at(to, 16, 128);
+    if (emu::at_once()) emu::copy_box(b);
+    else emu::m.boxes.push_back(b);
+}
+
+static inline void psa__wgmma_fence(PSA__LINE)
+{
+    if (!psa__skipped(line)) emu::collective(line, [](emu::warp &w) { w.fenced = true; });
+}
+
+static inline void psa__wgmma_commit(PSA__LINE)
+{
+    emu::collective(line, [](emu::warp &w) { w.products.emplace_back(); });
+}
+
+template <int N> void psa__wgmma_wait_at(int line)
+{
+    if (psa__skipped(line)) return;
+    emu::collective(line, [](emu::warp &w) {
+        while (w.products.size() > N + 1) { /* the open group does not count */
+            for (const emu::product &p : w.products.front()) p.run(p);
+            w.products.erase(w.products.begin());
+        }
+        w.fenced = false;
+    });
+}
+template <int N, size_t C> void psa__wgmma_wait(float (&)[C][4], PSA__LINE) { psa__wgmma_wait_at<N>(line); }
+
+/* d[16][n] += a[16][16] b[16][n] for a warp's rows; b is MN-major where a lies in registers. */
+template <class T> void psa__multiply(const emu::product &p)
+{
+    static float b[16][256];
+    float a[16][16];
+    for (int k = 0; k < 16; k++) {
+        for (int i = 0; i < 16; i++) {
+            int lane = i % 8 * 4 + k % 8 / 2, word = k / 8 * 2 + i / 8;
+            uint16_t h = p.a[0] ? (uint16_t)(p.a[lane][word] >> k % 2 * 16) : emu::element(p.desc_a, false, p.row0 + i, k);
+            a[i][k] = psa__to_float(T(), h);
+        }
+        for (int j = 0; j < p.n; j++) b[k][j] = psa__to_float(T(), emu::element(p.desc_b, p.a[0] != nullptr, j, k));
+    }
+    emu::m.mmas += (uint64_t)p.n / 8;
+    for (int i = 0; i < 16; i++) {
+        for (int j = 0; j < p.n; j++) {
+            float &d = p.d[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2], sum = p.add ? d : 0;
+            for (int k = 0; k < 16; k++) sum += a[i][k] * b[k][j];
+            d = sum;
+        }
+    }
+}
+
+template <class T, size_t C>
+void psa__wgmma_any(float (&d)[C][4], const uint32_t *a, uint64_t desc_a, uint64_t desc_b, bool add, int line)
+{
+    uint32_t *in = emu::lane_in();
+    float *to = &d[0][0];
+    emu::m.matrices.insert(line);
+    if (line == emu::m.opt.shift_line) desc_b ^= 1;
+    memcpy(in, &to, 8);
+    memcpy(in + 2, &a, 8);
+    memcpy(in + 4, &desc_a, 8);
+    memcpy(in + 6, &desc_b, 8);
+    emu::collective(line, [=](emu::warp &w) {
+        emu::product p = {};
+        p.run = psa__multiply<T>;
+        p.n = 8 * (int)C;
+        p.row0 = emu::m.current / 32 % 4 * 16;
+        p.add = add;
+        if (!w.fenced) emu::fail("wgmma without a fence since the last wait");
+        for (int i = 0; i < 32; i++) {
+            memcpy(&p.d[i], w.in[i], 8);
+            memcpy(&p.a[i], w.in[i] + 2, 8);
+            if (memcmp(w.in[i] + 4, w.in[0] + 4, 16)) emu::fail("the descriptors of a warp differ");
+        }
+        p.desc_a = desc_a;
+        p.desc_b = desc_b;
+        bool first = w.products.size() == 1 && w.products.back().empty(); /* they are done in order */
+        if (first && emu::at_once()) p.run(p);
+        else w.products.back().push_back(p);
+    });
+}
+
+static inline uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
+{
+    return at >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+template <class T, size_t C>
+void psa__wgmma(T, float (&d)[C][4], uint64_t a, uint64_t b, bool add, PSA__LINE)
+{
+    psa__wgmma_any<T>(d, nullptr, a, b, add, line);
+}
+
+template <class T, size_t C> void psa__wgmma(T, float (&d)[C][4], const uint32_t (&a)[4], uint64_t b, PSA__LINE)
+{
+    psa__wgmma_any<T>(d, a, 0, b, true, line);
+}
 
 #endif

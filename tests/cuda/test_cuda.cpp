@@ -17,6 +17,7 @@
 #include <string>
 
 static int checks, failures, rounds = 1;
+static bool hopper; /* the attend of sm_90a */
 static uint64_t seed = 1, state;
 static std::string current;
 
@@ -295,11 +296,18 @@ static void compare_scores(const call &c)
 static bool ok(psa_result r, int line) { return check(r == PSA_OK, line, "got \"%s\"", psa_result_string(r)); }
 #define OK(call) ok(call, __LINE__)
 
+static emu::options on_this_gpu(emu::options o)
+{
+    if (hopper) o.capability = 90, o.shared_max = 227 * 1024;
+    return o;
+}
+
 static void random_schedule()
 {
     emu::m.opt.order = (emu::schedule)rnd_int(0, 3);
     emu::m.opt.copies = (emu::landing)rnd_int(0, 2);
-    emu::m.opt.warp = rnd_int(0, 3);
+    emu::m.opt.warp = rnd_int(0, hopper ? 11 : 3);
+    emu::m.opt.sms = rnd_int(1, 3);
     emu::m.opt.seed = rnd();
 }
 
@@ -339,7 +347,7 @@ static void test_attend_sizes()
             s.q = s.kv = s.out = type;
             s.Nq = 130;
             s.Nk = 200;
-            desc.block_q = type == PSA_F16 ? 64 : 128;
+            desc.block_q = type == PSA_F16 && !hopper ? 64 : 128;
             desc.block_k = 32;
             attend_case(s, desc, 30);
         }
@@ -359,6 +367,7 @@ static void test_attend_random()
         s.Nk = rnd_chance(20) ? rnd_int(1, 30) : rnd_int(31, 300);
         s.D = dims[rnd_int(0, 7)];
         s.Dv = dims[rnd_int(0, 7)];
+        if (hopper && rnd_chance(90)) s.D = s.Dv = 64 << rnd_int(0, 1);
         s.q = (psa_type)rnd_int(0, 2);
         s.kv = (psa_type)rnd_int(0, 2);
         s.out = (psa_type)rnd_int(0, 2);
@@ -366,7 +375,7 @@ static void test_attend_random()
         s.gap = rnd_chance(30) ? (s.q == PSA_F32 || s.kv == PSA_F32 ? 4u : 2u) * (unsigned)rnd_int(1, 8) : 0;
         s.gap = s.gap && s.swapped ? 16 : s.gap;
         s.spread = rnd_chance(20) ? 3 : 1;
-        desc.block_q = rnd_chance(50) ? 16 << rnd_int(0, 4) : rnd_int(16, 256);
+        desc.block_q = rnd_chance(50) ? 16 << rnd_int(hopper ? 3 : 0, 4) : rnd_int(hopper ? 65 : 16, 256);
         desc.block_k = 16 << rnd_int(0, 3);
         desc.causal = rnd_chance(40);
         desc.scale = rnd_chance(20) ? -0.3f : 0;
@@ -469,7 +478,7 @@ static void test_odd_values_behind_the_diagonal()
         call c;
         psa_desc desc = {};
         s.Nq = s.Nk = 150;
-        s.D = s.Dv = i % 2 ? 128 : 40;
+        s.D = s.Dv = i % 2 ? 128 : hopper ? 64 : 40;
         s.q = s.kv = i % 3 ? PSA_BF16 : PSA_F16;
         desc.block_k = 32;
         desc.causal = 1;
@@ -658,6 +667,7 @@ static void test_one_call()
         random_schedule();
         shape s = random_shape();
         s.Dv = 64;
+        if (hopper) s.D = 64, desc.block_q = 128;
         if (!call_make(&c, s, desc, ordered)) return;
         psa_extra extra = {};
         extra.lse = c.lse.as<float>();
@@ -759,7 +769,7 @@ static std::vector<char> run_quietly(call *c)
     emu::m.opt.quiet = true;
     psa_result r = psa_cuda_attention(&c->plan, c->q.t.data, c->k.t.data, c->v.t.data, c->out.t.data, &extra,
                                       c->work.data(), c->work.size, nullptr);
-    if (r == PSA_OK) psa_cuda_merge(&c->out.t, extra.lse, &c->q.t, extra.scores, nullptr); /* any numbers will do */
+    if (r == PSA_OK && !hopper) psa_cuda_merge(&c->out.t, extra.lse, &c->q.t, extra.scores, nullptr); /* any numbers will do */
     return outputs_of(*c);
 }
 
@@ -769,12 +779,32 @@ static const emu::options schedules[] = {
     {emu::RANDOM, emu::EARLY, 0},  {emu::RANDOM, emu::LATE, 0},
 };
 
+/* The same for the attend of sm_90a: more tiles than stages, over several tiles of queries in a CTA; blocks of fewer than
+ * 8 rows; causal, with values behind the diagonal that are not finite. */
+static bool hopper_call(call *c, bool second)
+{
+    shape s;
+    psa_desc desc = {};
+    s.Hq = 2;
+    s.Nq = second ? 300 : 200;
+    s.Nk = second ? 300 : 500;
+    s.D = s.Dv = second ? 64 : 128;
+    s.out = s.q = s.kv = PSA_F16;
+    desc.block_k = second ? 64 : 16;
+    desc.causal = second;
+    desc.skip_mean = 1;
+    if (!call_make(c, s, desc)) return false;
+    for (int64_t n = 0; second && n < s.Nk; n += 70) store(s.kv, element(c->v.t, n % s.D, n, 0, 0), INFINITY);
+    return true;
+}
+
 /* Two calls that go through everything: more tiles than stages, more steps than warps; THRESHOLD and
  * TOPK, one strip of scores and two. */
 static bool call_of_everything(call *c, bool second)
 {
     shape s;
     psa_desc desc = {};
+    if (hopper) return hopper_call(c, second);
     s.Nq = second ? 48 : 128;
     s.Nk = second ? 16 * 600 : 2500;
     s.out = s.q = s.kv = PSA_F16;
@@ -796,7 +826,7 @@ static void test_same_bits_under_every_schedule()
         if (!call_of_everything(&c, second)) return;
         std::vector<char> first;
         for (const emu::options &o : schedules) {
-            emu::m.opt = o;
+            emu::m.opt = on_this_gpu(o);
             std::vector<char> now = run_quietly(&c);
             CHECK(!emu::m.failed, "the launch failed");
             if (first.empty()) first = now;
@@ -805,13 +835,15 @@ static void test_same_bits_under_every_schedule()
     }
 }
 
-/* Whether a schedule shows that the barrier or wait on this line is missing. */
-static bool caught_without(call *c, int line, const std::vector<char> &right)
+/* Whether a schedule shows that the source line is broken, as skip_line, shift_line or spoil_line. */
+static bool caught(call (&c)[2], int emu::options::*fault, int line, const std::vector<char> (&right)[2])
 {
-    for (const emu::options &o : schedules) {
-        emu::m.opt = o;
-        emu::m.opt.skip_line = line;
-        if (run_quietly(c) != right || emu::m.failed) return true;
+    for (int i = 0; i < 2; i++) {
+        for (const emu::options &o : schedules) {
+            emu::m.opt = on_this_gpu(o);
+            emu::m.opt.*fault = line;
+            if (run_quietly(&c[i]) != right[i] || emu::m.failed) return true;
+        }
     }
     return false;
 }
@@ -821,24 +853,30 @@ static void test_every_barrier_is_needed()
 {
     call c[2];
     std::vector<char> right[2];
-    std::set<int> syncs, matrices;
+    std::set<int> syncs, matrices, phases;
     emu::m.syncs.clear();
     emu::m.matrices.clear();
+    emu::m.phases.clear();
     for (int i = 0; i < 2; i++) {
         if (!call_of_everything(&c[i], i)) return;
         right[i] = run_quietly(&c[i]);
     }
     syncs = emu::m.syncs;
     matrices = emu::m.matrices;
+    phases = emu::m.phases;
     CHECK(syncs.size() > 10 && matrices.size() >= 5, "found %zu and %zu", syncs.size(), matrices.size());
+    CHECK(phases.size() == (hopper ? 5 : 0), "found %zu", phases.size());
     for (int line : syncs) {
-        bool caught = caught_without(&c[0], line, right[0]) || caught_without(&c[1], line, right[1]);
-        CHECK(caught, "psa_cuda.cu:%d: nothing changes without this barrier or wait", line);
+        bool found = caught(c, &emu::options::skip_line, line, right);
+        CHECK(found, "psa_cuda.cu:%d: nothing changes without this barrier or wait", line);
     }
     for (int line : matrices) {
-        emu::m.opt = schedules[0];
-        emu::m.opt.shift_line = line;
-        CHECK(run_quietly(&c[0]) != right[0], "psa_cuda.cu:%d: nothing changes with a wrong swizzle", line);
+        bool found = caught(c, &emu::options::shift_line, line, right);
+        CHECK(found, "psa_cuda.cu:%d: nothing changes with a wrong swizzle", line);
+    }
+    for (int line : phases) {
+        bool found = caught(c, &emu::options::spoil_line, line, right);
+        CHECK(found, "psa_cuda.cu:%d: nothing changes with another phase or number of bytes", line);
     }
 }
 
@@ -983,6 +1021,174 @@ static void test_deadlock_and_bounds()
     CHECK(!went, "a store that is not aligned");
 }
 
+/* ---- the emulator's Hopper ---- */
+
+/* A box of 8 rows x 64 columns is where psa__at's layout has it, and zero outside of the tensor; a row alone too. */
+struct box_job {
+    psa__map map[2];
+    uint32_t bytes;   /* expected */
+    uint32_t parity;  /* waited for */
+    float *seen;      /* [16][64] */
+};
+
+static void box_kernel(box_job job)
+{
+    if (threadIdx.x == 0) {
+        psa__bar_init(4096, 1);
+        psa__bar_expect(4096, job.bytes);
+        psa__box(1024, job.map[1], 4, 0, 0, 0, 4096);
+        for (int r = 0; r < 8; r++) psa__box(2048 + (uint32_t)r * 128, job.map[0], r < 4 ? r : 10, 0, 0, 0, 4096);
+    }
+    psa__barrier();
+    psa__bar_wait(4096, job.parity);
+    for (int i = (int)threadIdx.x; i < 16 * 64; i += 32) {
+        int r = i / 64, c = i % 64;
+        uint32_t at = 1024 + (uint32_t)(r * 128 + (((c / 8) ^ (r % 8)) << 4) + c % 8 * 2);
+        job.seen[i] = psa__lds<uint16_t>(at);
+    }
+}
+
+static void test_boxes()
+{
+    buffer data(10 * 128), seen(16 * 64 * 4);
+    const uint64_t size[5] = {64, 10, 1, 1, 1}, stride[4] = {128, 128, 1280, 1280};
+    const uint32_t one[5] = {64, 1, 1, 1, 1}, eight[5] = {64, 8, 1, 1, 1};
+    for (int i = 0; i < 640; i++) data.as<uint16_t>()[i] = (uint16_t)(i + 1);
+    box_job job = {{}, 2048, 0, seen.as<float>()};
+    CHECK(psa__make_map(&job.map[0], data.data(), size, stride, one), "a map of rows");
+    CHECK(psa__make_map(&job.map[1], data.data(), size, stride, eight), "a map of 8 rows");
+    const uint64_t odd[4] = {136, 128, 1280, 1280};
+    psa__map bad;
+    CHECK(!psa__make_map(&bad, data.data(), size, odd, one), "a stride that is no multiple of 16");
+    auto right = [&] {
+        int wrong = 0;
+        for (int i = 0; i < 16 * 64; i++) {
+            int row = i / 64 < 8 ? 4 + i / 64 : i / 64 < 12 ? i / 64 - 8 : 10;
+            wrong += job.seen[i] != (row < 10 ? (float)(row * 64 + i % 64 + 1) : 0.0f);
+        }
+        return wrong == 0;
+    };
+    emu::m.opt.quiet = true;
+    for (const emu::landing copies : {emu::LATE, emu::EARLY, emu::COIN}) {
+        emu::m.opt.copies = copies;
+        CHECK(emu::launch(box_kernel, {1, 1, 1}, 32, 8192, job) && right(), "boxes land elsewhere");
+    }
+    emu::m.opt.copies = emu::LATE;
+    for (int off : {-1024, -16, 16}) { /* a phase that ends too early, and ones that never end */
+        job.bytes = (uint32_t)(2048 + off);
+        CHECK(!emu::launch(box_kernel, {1, 1, 1}, 32, 8192, job) || !right(), "expected %d bytes too many", off);
+    }
+    job.bytes = 2048;
+    job.parity = 1;
+    CHECK(!emu::launch(box_kernel, {1, 1, 1}, 32, 8192, job) || !right(), "a wait for the wrong phase");
+    job.parity = 0;
+    job.map[1].span = 64;
+    CHECK(emu::launch(box_kernel, {1, 1, 1}, 32, 8192, job) && !right(), "the swizzle of 64 bytes");
+}
+
+/* One wgmma of each kind, with operands that threads write: C = A B^T from shared memory, D = P V. */
+struct wgmma_job {
+    bool fence, ready, touch; /* fences are there; a register of P is written before the wait */
+    uint32_t stride;          /* from 8 rows to the next */
+    float *seen;              /* [64][128], [64][64] */
+};
+
+static float wgmma_a(int i, int k) { return (float)((i * 7 + k * 3) % 11 - 5); }
+static float wgmma_b(int j, int k) { return (float)((j * 5 + k * 2) % 13 - 6); }
+
+static void wgmma_kernel(wgmma_job job)
+{
+    int thread = (int)threadIdx.x, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
+    float s[16][4], o[8][4] = {};
+    uint32_t p[4];
+    for (int i = thread; i < 192 * 16; i += 128) { /* A [64][64], B [128][64], columns 32..47 of which are used */
+        int r = i / 16, k = i % 16, c = 4 + k / 8;
+        float x = r < 64 ? wgmma_a(r, k) : wgmma_b(r - 64, k);
+        psa__sts((uint32_t)(r * 128 + ((c ^ r % 8) << 4) + k % 8 * 2), psa__from_float(psa__bf16(), x));
+    }
+    for (int i = thread; i < 16 * 64; i += 128) { /* V [16][64]: V[k][j] is B[j][k] */
+        int k = i / 64, j = i % 64;
+        psa__sts((uint32_t)(24576 + k * 128 + (((j / 8) ^ k % 8) << 4) + j % 8 * 2),
+                 psa__from_float(psa__bf16(), wgmma_b(j, k)));
+    }
+    for (int i = 0; i < 4; i++) {
+        int k = lane % 4 * 2 + i / 2 * 8;
+        p[i] = psa__pack(psa__bf16(), wgmma_a(row0 + i % 2 * 8, k), wgmma_a(row0 + i % 2 * 8, k + 1));
+    }
+    if (job.fence) psa__fence_async();
+    psa__barrier();
+    if (job.ready) psa__wgmma_fence();
+    psa__wgmma(psa__bf16(), s, psa__descriptor(64, 0, 1024), psa__descriptor(8192 + 64, 0, job.stride), false);
+    psa__wgmma(psa__bf16(), o, p, psa__descriptor(24576, 0, 1024));
+    psa__wgmma_commit();
+    if (job.touch) p[1] = 0;
+    psa__wgmma_wait<0>(o);
+    for (int i = 0; i < 64; i++) job.seen[(row0 + i % 4 / 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = s[i / 4][i % 4];
+    for (int i = 0; i < 32; i++) {
+        job.seen[64 * 128 + (row0 + i % 4 / 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = o[i / 4][i % 4];
+    }
+}
+
+static void test_wgmma()
+{
+    buffer seen(64 * 192 * 4);
+    emu::m.opt.quiet = true;
+    auto right = [&](wgmma_job job) {
+        int wrong = 0;
+        job.seen = seen.as<float>();
+        if (!emu::launch(wgmma_kernel, {1, 1, 1}, 128, 32768, job)) return false;
+        for (int i = 0; i < 64; i++) {
+            for (int j = 0; j < 128; j++) {
+                float want = 0;
+                for (int k = 0; k < 16; k++) want += wgmma_a(i, k) * wgmma_b(j, k);
+                wrong += job.seen[i * 128 + j] != want;
+                wrong += j < 64 && job.seen[64 * 128 + i * 64 + j] != want;
+            }
+        }
+        return wrong == 0;
+    };
+    for (const emu::landing copies : {emu::EARLY, emu::LATE}) {
+        emu::m.opt.copies = copies;
+        CHECK(right({true, true, false, 1024, nullptr}), "a product is wrong");
+        CHECK(!right({false, true, false, 1024, nullptr}), "no fence after writing an operand");
+        CHECK(!right({true, false, false, 1024, nullptr}), "no fence before the first wgmma");
+        CHECK(!right({true, true, false, 2048, nullptr}), "a descriptor with the wrong stride");
+    }
+    CHECK(!right({true, true, true, 1024, nullptr}), "a register that changes before the wait");
+}
+
+/* 384 threads begin with 168 registers each. */
+template <int FEWER, int MORE> static void registers_kernel(int)
+{
+    if (threadIdx.x >= 256) psa__fewer_registers<FEWER>();
+    else psa__more_registers<MORE>();
+}
+
+/* One warpgroup waits for the other at each of n steps, which it thinks are `more` more. */
+static void trips_kernel(int more)
+{
+    if (threadIdx.x == 0) {
+        psa__bar_init(0, 32);
+        psa__bar_init(8, 32);
+    }
+    psa__barrier();
+    for (uint32_t i = 0; i < 3 + (threadIdx.x < 32 ? (uint32_t)more : 0); i++) {
+        if (threadIdx.x < 32) psa__bar_wait(0, i & 1);
+        else psa__bar_arrive(0);
+        if (threadIdx.x < 32) psa__bar_arrive(8);
+        else psa__bar_wait(8, i & 1);
+    }
+}
+
+static void test_registers_and_trips()
+{
+    emu::m.opt.quiet = true;
+    CHECK(emu::launch(registers_kernel<40, 232>, {1, 1, 1}, 384, 64, 0), "40 and 232 registers are 65536 together");
+    CHECK(!emu::launch(registers_kernel<40, 240>, {1, 1, 1}, 384, 64, 0), "40 and 240 registers are too many");
+    CHECK(emu::launch(trips_kernel, {1, 1, 1}, 64, 64, 0), "two warps that agree");
+    CHECK(!emu::launch(trips_kernel, {1, 1, 1}, 64, 64, 1), "a warp that waits once more than the other arrives");
+}
+
 int main(int argc, char **argv)
 {
     static const struct {
@@ -990,6 +1196,8 @@ int main(int argc, char **argv)
         void (*run)();
     } tests[] = {
         {"emulator/wavefronts", test_wavefronts_are_counted}, {"emulator/deadlock", test_deadlock_and_bounds},
+        {"emulator/boxes", test_boxes},                       {"emulator/wgmma", test_wgmma},
+        {"emulator/registers", test_registers_and_trips},
         {"attend/sizes", test_attend_sizes},                  {"attend/random", test_attend_random},
         {"attend/dense", test_attend_dense},                  {"attend/split", test_attend_split},
         {"attend/nothing", test_attend_nothing},
@@ -998,6 +1206,11 @@ int main(int argc, char **argv)
         {"mask/random", test_mask_random},                    {"mask/sizes", test_mask_sizes},
         {"call/random", test_one_call},                       {"call/merge", test_merge},
         {"call/errors", test_errors},
+        {"hopper/sizes", test_attend_sizes},                  {"hopper/random", test_attend_random},
+        {"hopper/dense", test_attend_dense},                  {"hopper/nothing", test_attend_nothing},
+        {"hopper/nan", test_nan_stays_in_its_row},            {"hopper/odd-v", test_odd_values_behind_the_diagonal},
+        {"hopper/call", test_one_call},                       {"hopper/same-bits", test_same_bits_under_every_schedule},
+        {"hopper/barriers", test_every_barrier_is_needed},    {"hopper/conflicts", test_no_bank_conflicts},
         {"schedule/same-bits", test_same_bits_under_every_schedule},
         {"schedule/barriers", test_every_barrier_is_needed},  {"schedule/conflicts", test_no_bank_conflicts},
         {"schedule/shared", test_shared_memory},
@@ -1016,8 +1229,12 @@ int main(int argc, char **argv)
         int before = failures;
         current = t.name;
         state = seed;
-        emu::m.opt = emu::options();
+        hopper = !strncmp(t.name, "hopper", 6);
+        setenv("PSA_SM90", hopper ? "1" : "0", 1);
+        emu::m.opt = on_this_gpu(emu::options());
+        emu::m.most_threads = 0;
         t.run();
+        if (strncmp(t.name, "emulator", 8)) CHECK(hopper == (emu::m.most_threads > 128), "blocks had %d threads", emu::m.most_threads);
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
         printf("%-24s %s %5.1f s\n", t.name, failures == before ? "ok" : "FAILED", seconds);
         fflush(stdout);
