@@ -131,28 +131,33 @@ PSA__DEVICE uint32_t psa__opaque(uint32_t x)
 
 /* ---- of Hopper; sm_90a alone has it ---- */
 
+#define PSA__HOPPER [[maybe_unused]] PSA__DEVICE
+
 /* The threads of some warps wait for each other; arrive: do not wait. */
-PSA__DEVICE void psa__group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-PSA__DEVICE void psa__group_arrive(int id, int threads)
+PSA__HOPPER void psa__group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+PSA__HOPPER void psa__group_arrive(int id, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /* Barriers in shared memory, 8 bytes each. A phase ends when all have arrived and all bytes that they expect are there;
- * wait returns when the current phase has the other parity. */
-PSA__DEVICE void psa__bar_init(uint32_t at, int arrivals)
+ * wait returns when the current phase has the other parity. A warp arrives as one, after what its lanes read and wrote. */
+PSA__HOPPER void psa__bar_init(uint32_t at, int arrivals)
 {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(psa__address(at)), "r"(arrivals) : "memory");
 }
-PSA__DEVICE void psa__bar_arrive(uint32_t at)
+PSA__HOPPER void psa__bar_arrive(uint32_t at)
 {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(psa__address(at)) : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(psa__address(at)) : "memory");
 }
-PSA__DEVICE void psa__bar_expect(uint32_t at, uint32_t bytes)
+PSA__HOPPER void psa__bar_expect(uint32_t at, uint32_t bytes)
 {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(psa__address(at)), "r"(bytes) : "memory");
 }
-PSA__DEVICE void psa__bar_wait(uint32_t at, uint32_t parity)
+PSA__HOPPER void psa__bar_wait(uint32_t at, uint32_t parity)
 {
     uint32_t over = 0;
     while (!over) {
@@ -164,16 +169,16 @@ PSA__DEVICE void psa__bar_wait(uint32_t at, uint32_t parity)
 }
 
 /* What this thread wrote to shared memory, barriers too, is there for TMA and wgmma. */
-PSA__DEVICE void psa__fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+PSA__HOPPER void psa__fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /* Registers of a thread of the warpgroup, from now on. */
-template <int N> PSA__DEVICE void psa__more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> PSA__DEVICE void psa__fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> PSA__HOPPER void psa__more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> PSA__HOPPER void psa__fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
 /* A box of a tensor [batch][head][half][row][64 columns], with zeros for what is outside of it, goes to shared memory,
  * swizzled; its bytes are then counted by the barrier. */
 typedef CUtensorMap psa__map;
-PSA__DEVICE void psa__box(uint32_t to, const psa__map &map, int row, int half, int head, int batch, uint32_t bar)
+PSA__HOPPER void psa__box(uint32_t to, const psa__map &map, int row, int half, int head, int batch, uint32_t bar)
 {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
                  "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(psa__address(to)), "l"(&map), "r"(0), "r"(row), "r"(half),
@@ -206,18 +211,18 @@ static bool psa__make_map(psa__map *map, const void *data, const uint64_t *size,
 
 /* An operand of wgmma in shared memory with the 128-byte swizzle. K-major: `stride` bytes from 8 rows to the next 8.
  * MN-major: that for k, and `leading` from 64 columns to the next 64. */
-PSA__DEVICE uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
+PSA__HOPPER uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
 {
     return (psa__address(at) & 0x3ffff) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
            (uint64_t)1 << 62;
 }
 
 /* The accumulators d and the registers of A belong to wgmma from here to the wait. */
-PSA__DEVICE void psa__wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-PSA__DEVICE void psa__wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+PSA__HOPPER void psa__wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+PSA__HOPPER void psa__wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 /* All but the last N groups are done; d, which one of them made, is not read before. */
-template <int N, int C> PSA__DEVICE void psa__wgmma_wait(float (&d)[C][4])
+template <int N, int C> PSA__HOPPER void psa__wgmma_wait(float (&d)[C][4])
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #pragma unroll
@@ -249,12 +254,12 @@ template <int N, int C> PSA__DEVICE void psa__wgmma_wait(float (&d)[C][4])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 typedef float (&psa__d128)[16][4];
 typedef float (&psa__d64)[8][4];
-PSA__DEVICE void psa__wgmma(psa__bf16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("bf16"); }
-PSA__DEVICE void psa__wgmma(psa__f16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("f16"); }
-PSA__DEVICE void psa__wgmma(psa__bf16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("bf16"); }
-PSA__DEVICE void psa__wgmma(psa__f16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("f16"); }
-PSA__DEVICE void psa__wgmma(psa__bf16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("bf16"); }
-PSA__DEVICE void psa__wgmma(psa__f16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("f16"); }
+PSA__HOPPER void psa__wgmma(psa__bf16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("bf16"); }
+PSA__HOPPER void psa__wgmma(psa__f16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("f16"); }
+PSA__HOPPER void psa__wgmma(psa__bf16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("bf16"); }
+PSA__HOPPER void psa__wgmma(psa__f16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("f16"); }
+PSA__HOPPER void psa__wgmma(psa__bf16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("bf16"); }
+PSA__HOPPER void psa__wgmma(psa__f16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("f16"); }
 
 template <class J>
 static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int threads, size_t shared, void *stream,
@@ -1618,7 +1623,7 @@ using psa__hopper_64 = psa__tiles<128, 128, 64, 4, 8>;
 using psa__hopper_128 = psa__tiles<128, 128, 128, 2, 8>;
 
 template <class S> struct psa__hopper_shape {
-    static constexpr uint32_t AT_FULL = (S::BYTES + 7) / 8 * 8, AT_EMPTY = AT_FULL + S::STAGES * 16; /* K, V, K, V, ... */
+    static constexpr uint32_t AT_FULL = (S::BYTES + 15) / 16 * 16, AT_EMPTY = AT_FULL + S::STAGES * 16; /* K, V, K, V, ... */
     static constexpr uint32_t BYTES = AT_EMPTY + S::STAGES * 16;
     static_assert(BYTES <= 227 * 1024, "what sm_90 has");
 };
@@ -1662,8 +1667,7 @@ template <class S> PSA__DEVICE void psa__boxes(const psa__hopper_job &job, uint3
     bool eight = (together >> (lane & 24) & 0xff) == 0xff, pooled = row != PSA__NONE && row >= PSA__POOLED;
     const psa__map &map = job.map[is_v][pooled][eight];
     if (row == PSA__NONE) at = job.Nk;
-    psa__sync_warp(); /* all have published their rows */
-    if (lane == 0) psa__bar_expect(bar, 32 * S::DP * 2);
+    psa__bar_expect(bar, 32 * S::DP * 2);
     if (eight && lane % 8 == 0) psa__box(to + psa__at<S::DP>(r, 0), map, at, 0, hkv, w.b, bar);
     for (int half = 0; !eight && half < S::DP / 64; half++) {
         psa__box(to + (uint32_t)((r >> 3) * S::DP * 16 + half * 1024 + (r & 7) * 128), map, at, half, hkv, w.b, bar);
@@ -1685,13 +1689,6 @@ template <class S> PSA__DEVICE void psa__produce(const psa__hopper_job &job)
             psa__boxes<S>(job, row, r, t, 1);
         }
     }
-}
-
-/* Every warp says so. */
-template <class S> PSA__DEVICE void psa__release(uint32_t t, int is_v)
-{
-    psa__sync_warp();
-    if (threadIdx.x % 32 == 0) psa__bar_arrive(psa__empty<S>(t, is_v));
 }
 
 /* Puts S = Q K^T under way. */
@@ -1725,39 +1722,98 @@ PSA__DEVICE void psa__pack_weights(const float (&s)[1][S::BN / 8][4], uint32_t (
     }
 }
 
+/* O += P V by mma.sync, where V may have what must not reach rows that do not see it; as in psa__attend. */
+template <class T, class S>
+PSA__DEVICE void psa__guarded_pv(const psa__job &job, uint32_t t, const float (&s)[1][S::BN / 8][4],
+                                 float (&o)[1][S::DP / 8][4])
+{
+    int stage = (int)(t % S::STAGES);
+    psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
+    bool odd = psa__ballot(psa__pv<T, S, true>(job, stage, s, o)) != 0;
+    if (odd) psa__add_odd<T, S>(job, stage, (int)(t % S::RING), o);
+    psa__bar_arrive(psa__empty<S>(t, 1));
+}
+
+/* What a thread has of its query rows. */
+template <class S> struct psa__state {
+    float s[1][S::BN / 8][4], o[1][S::DP / 8][4], m[2], l[2];
+    uint32_t p[S::BN / 16][4];
+    bool guarded; /* the tile that s and p are of */
+};
+
+/* Weights of tile t, whose QK is done; O is to shrink if it returns so. */
+template <class T, class S>
+PSA__DEVICE bool psa__tile_weights(const psa__job &job, uint32_t t, psa__state<S> &x, float (&shrink)[2])
+{
+    float scale, bias;
+    psa__bar_arrive(psa__empty<S>(t, 0));
+    x.guarded = !psa__biases<S>(job, (int)(t % S::RING), x.s, &scale, &bias) && job.causal;
+    bool grew = psa__maxima<S>(scale, bias, x.s, x.m, x.l, shrink);
+    psa__weights<S>(scale, bias, x.s, x.m, x.l);
+    return grew;
+}
+
+/* PV of tile t and QK of the next, then that one's weights. The warpgroups take turns in giving work to the tensor
+ * cores, so that one multiplies while the other has weights to compute. */
+template <class T, class S> PSA__DEVICE void psa__step_tiles(const psa__job &job, uint32_t t, psa__state<S> &x)
+{
+    int turn = PSA__TURN + (int)threadIdx.x / 128;
+    float shrink[2];
+    bool grew;
+    psa__group_sync(turn, S::THREADS);
+    if (x.guarded) psa__guarded_pv<T, S>(job, t, x.s, x.o);
+    bool guarded = x.guarded;
+    psa__bar_wait(psa__full<S>(t + 1, 0), psa__parity<S>(t + 1));
+    psa__wgmma_fence();
+    psa__start_qk<T, S>(t + 1, x.s);
+    if (guarded) {
+        psa__group_arrive(PSA__TURN * 2 + 1 - turn, S::THREADS);
+        psa__wgmma_wait<0>(x.s[0]);
+        grew = psa__tile_weights<T, S>(job, t + 1, x, shrink);
+    } else {
+        psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
+        psa__start_pv<T, S>(t, x.p, x.o);
+        psa__group_arrive(PSA__TURN * 2 + 1 - turn, S::THREADS);
+        psa__wgmma_wait<1>(x.s[0]);
+        grew = psa__tile_weights<T, S>(job, t + 1, x, shrink);
+        psa__wgmma_wait<0>(x.o[0]);
+        psa__bar_arrive(psa__empty<S>(t, 1));
+    }
+    if (grew) psa__rescale<S>(shrink, x.o);
+    psa__pack_weights<T, S>(x.s, x.p);
+}
+
 template <class T, class S> PSA__DEVICE void psa__consume(const psa__hopper_job &job)
 {
     uint32_t t = 0;
-    for (int x = (int)blockIdx.x; x < job.tiles; x += (int)gridDim.x) {
-        int tiles = psa__begin<S>(job, x, 0, PSA__CONSUME, S::THREADS);
-        float o[1][S::DP / 8][4] = {}, m[2] = {PSA__LOWEST, PSA__LOWEST}, l[2] = {}, s[1][S::BN / 8][4];
+    float shrink[2];
+    if ((int)threadIdx.x >= 128) psa__group_arrive(PSA__TURN, S::THREADS);
+    for (int query_tile = (int)blockIdx.x; query_tile < job.tiles; query_tile += (int)gridDim.x) {
+        int tiles = psa__begin<S>(job, query_tile, 0, PSA__CONSUME, S::THREADS);
+        psa__state<S> x = {{}, {}, {PSA__LOWEST, PSA__LOWEST}, {}, {}, false};
         psa__load_queries<T, S>(job);
         psa__fence_async();
         psa__group_sync(PSA__CONSUME, S::THREADS);
-        for (int i = 0; i < tiles; i++, t++) { /* the inner loop */
-            uint32_t p[S::BN / 16][4];
-            float scale, bias, shrink[2];
-            int slot = (int)(t % S::RING);
+        if (tiles > 0) {
             psa__bar_wait(psa__full<S>(t, 0), psa__parity<S>(t));
             psa__wgmma_fence();
-            psa__start_qk<T, S>(t, s);
-            psa__wgmma_wait<0>(s[0]);
-            bool plain = psa__biases<S>(job, slot, s, &scale, &bias);
-            psa__release<S>(t, 0);
-            if (psa__maxima<S>(scale, bias, s, m, l, shrink)) psa__rescale<S>(shrink, o);
-            psa__weights<S>(scale, bias, s, m, l);
-            psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
-            if (plain || !job.causal) {
-                psa__pack_weights<T, S>(s, p);
+            psa__start_qk<T, S>(t, x.s);
+            psa__wgmma_wait<0>(x.s[0]);
+            psa__tile_weights<T, S>(job, t, x, shrink); /* O is 0 */
+            psa__pack_weights<T, S>(x.s, x.p);
+            for (int i = 1; i < tiles; i++, t++) psa__step_tiles<T, S>(job, t, x); /* the inner loop */
+            if (x.guarded) {
+                psa__guarded_pv<T, S>(job, t, x.s, x.o);
+            } else {
+                psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
                 psa__wgmma_fence();
-                psa__start_pv<T, S>(t, p, o);
-                psa__wgmma_wait<0>(o[0]);
-            } else if (psa__ballot(psa__pv<T, S, true>(job, (int)(t % S::STAGES), s, o))) {
-                psa__add_odd<T, S>(job, (int)(t % S::STAGES), slot, o);
+                psa__start_pv<T, S>(t, x.p, x.o);
+                psa__wgmma_wait<0>(x.o[0]);
+                psa__bar_arrive(psa__empty<S>(t, 1));
             }
-            psa__release<S>(t, 1);
+            t++;
         }
-        psa__finish<S>(job, o, m, l);
+        psa__finish<S>(job, x.o, x.m, x.l);
     }
 }
 

@@ -472,6 +472,7 @@ inline void copy_box(const box &b)
         }
     }
     barrier &bar = barrier_at(b.barrier);
+    if (m.writer[b.barrier / 16]) fail("TMA counts at %ld, a barrier made without a fence", b.barrier);
     bar.bytes -= to - b.to;
     settle(bar);
 }
@@ -834,25 +835,27 @@ static inline void psa__group_sync(int id, int threads, PSA__LINE)
 static inline void psa__bar_init(uint32_t at, int arrivals)
 {
     emu::at(at, 8, 8);
+    emu::mark_written(at, 8);
     emu::m.barriers[at] = {arrivals, arrivals, 0, 0};
 }
 
-static inline void psa__bar_arrive(uint32_t at, PSA__LINE)
+static inline void psa__bar_join(uint32_t at, uint32_t bytes, int line)
 {
-    emu::barrier &b = emu::barrier_at(at);
     if (psa__skipped(line)) return;
-    b.pending--;
-    emu::settle(b);
+    emu::collective(line, [=](emu::warp &) {
+        emu::barrier &b = emu::barrier_at(at);
+        b.bytes += bytes;
+        b.pending--;
+        emu::settle(b);
+    });
 }
+
+static inline void psa__bar_arrive(uint32_t at, PSA__LINE) { psa__bar_join(at, 0, line); }
 
 static inline void psa__bar_expect(uint32_t at, uint32_t bytes, PSA__LINE)
 {
-    emu::barrier &b = emu::barrier_at(at);
     emu::m.phases.insert(line);
-    if (psa__skipped(line)) return;
-    b.bytes += bytes - (line == emu::m.opt.spoil_line ? 1024 : 0);
-    b.pending--;
-    emu::settle(b);
+    psa__bar_join(at, line == emu::m.opt.spoil_line ? bytes - 1024 : bytes, line);
 }
 
 static inline void psa__bar_wait(uint32_t at, uint32_t parity, PSA__LINE)
