@@ -1728,7 +1728,6 @@ PSA__DEVICE void psa__guarded_pv(const psa__job &job, uint32_t t, const float (&
                                  float (&o)[1][S::DP / 8][4])
 {
     int stage = (int)(t % S::STAGES);
-    psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
     bool odd = psa__ballot(psa__pv<T, S, true>(job, stage, s, o)) != 0;
     if (odd) psa__add_odd<T, S>(job, stage, (int)(t % S::RING), o);
     psa__bar_arrive(psa__empty<S>(t, 1));
@@ -1747,7 +1746,8 @@ PSA__DEVICE bool psa__tile_weights(const psa__job &job, uint32_t t, psa__state<S
 {
     float scale, bias;
     psa__bar_arrive(psa__empty<S>(t, 0));
-    x.guarded = !psa__biases<S>(job, (int)(t % S::RING), x.s, &scale, &bias) && job.causal;
+    bool plain = psa__biases<S>(job, (int)(t % S::RING), x.s, &scale, &bias);
+    x.guarded = psa__ballot(!plain && job.causal) != 0; /* the compiler knows that lanes agree on a ballot */
     bool grew = psa__maxima<S>(scale, bias, x.s, x.m, x.l, shrink);
     psa__weights<S>(scale, bias, x.s, x.m, x.l);
     return grew;
@@ -1760,18 +1760,19 @@ template <class T, class S> PSA__DEVICE void psa__step_tiles(const psa__job &job
     int turn = PSA__TURN + (int)threadIdx.x / 128;
     float shrink[2];
     bool grew;
-    psa__group_sync(turn, S::THREADS);
-    if (x.guarded) psa__guarded_pv<T, S>(job, t, x.s, x.o);
-    bool guarded = x.guarded;
+    psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
     psa__bar_wait(psa__full<S>(t + 1, 0), psa__parity<S>(t + 1));
-    psa__wgmma_fence();
-    psa__start_qk<T, S>(t + 1, x.s);
-    if (guarded) {
+    psa__group_sync(turn, S::THREADS);
+    if (x.guarded) {
+        psa__guarded_pv<T, S>(job, t, x.s, x.o);
+        psa__wgmma_fence();
+        psa__start_qk<T, S>(t + 1, x.s);
         psa__group_arrive(PSA__TURN * 2 + 1 - turn, S::THREADS);
         psa__wgmma_wait<0>(x.s[0]);
         grew = psa__tile_weights<T, S>(job, t + 1, x, shrink);
     } else {
-        psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
+        psa__wgmma_fence();
+        psa__start_qk<T, S>(t + 1, x.s);
         psa__start_pv<T, S>(t, x.p, x.o);
         psa__group_arrive(PSA__TURN * 2 + 1 - turn, S::THREADS);
         psa__wgmma_wait<1>(x.s[0]);
@@ -1802,10 +1803,10 @@ template <class T, class S> PSA__DEVICE void psa__consume(const psa__hopper_job 
             psa__tile_weights<T, S>(job, t, x, shrink); /* O is 0 */
             psa__pack_weights<T, S>(x.s, x.p);
             for (int i = 1; i < tiles; i++, t++) psa__step_tiles<T, S>(job, t, x); /* the inner loop */
+            psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
             if (x.guarded) {
                 psa__guarded_pv<T, S>(job, t, x.s, x.o);
             } else {
-                psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
                 psa__wgmma_fence();
                 psa__start_pv<T, S>(t, x.p, x.o);
                 psa__wgmma_wait<0>(x.o[0]);

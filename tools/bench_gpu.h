@@ -35,7 +35,7 @@ static double model_row_seconds(const row *r, const char **what) {
         model_cost c = stage == GPU_POOL    ? model_pool(p)
                        : stage == GPU_SCORE ? model_score(p, r->model->shared)
                        : stage == GPU_MASK  ? model_mask(p)
-                                            : model_attend(p, r->density * (double)p->Nk);
+                                            : model_attend_on(r->model, p, r->density * (double)p->Nk);
         sum += model_seconds(r->model, &c, what);
     }
     return sum;

@@ -12,11 +12,14 @@ kernels=$B/psa_cuda.kernels
 
 # CTAs of 128 threads that an SM is to hold by its 65536 registers. By its shared memory it holds as many or more where
 # that is 227 KB; what a kernel takes of it is asserted in the source and tested on the emulator.
-design='attend<bf16,tiles<128,64,64,3>> 2
-attend<bf16,tiles<128,64,128,2>> 2
-attend<bf16,tiles<64,64,64,3>> 4
-attend<bf16,tiles<64,64,128,2>> 2
-attend<bf16,tiles<64,32,256,2>> 2
+# attend_hopper has 384 threads and one CTA; its warpgroups then share these registers out by themselves.
+design='attend<bf16,tiles<128,64,64,3,4>> 2
+attend<bf16,tiles<128,64,128,2,4>> 2
+attend<bf16,tiles<64,64,64,3,4>> 4
+attend<bf16,tiles<64,64,128,2,4>> 2
+attend<bf16,tiles<64,32,256,2,4>> 2
+attend_hopper<bf16,tiles<128,128,64,4,8>> 3
+attend_hopper<bf16,tiles<128,128,128,2,8>> 3
 score<bf16,score_shape<64>> 2
 score<bf16,score_shape<128>> 2
 score<bf16,score_shape<256>> 2
@@ -32,6 +35,7 @@ fi
 fail() { echo "psa_cuda.cu: $*" >&2; exit 1; }
 
 ! grep -i warning "$log" || fail "nvcc warns"
+! grep 'C75[0-9][0-9]' "$log" || fail "wgmma is serialised"
 
 # A line per kernel and architecture: name, architecture, bytes of stack, of spills, registers.
 awk '/Compiling entry function/ { split($0, part, "\047"); name = part[2]; arch = part[4] }
@@ -56,19 +60,35 @@ while read -r kernel ctas; do
     done
     printf '%9s\n' $most
 done <<<"$design"
-[ "$(awk '{ print $1 }' "$kernels" | sort -u | wc -l)" = 21 ] || fail "expected 21 kernels in the report of ptxas"
+[ "$(awk '{ print $1 }' "$kernels" | sort -u | wc -l)" = 25 ] || fail "expected 25 kernels in the report of ptxas"
 echo "psa_cuda.cu: compiles for sm_${SM// /, sm_}; no warnings, spills or local memory"
 
 if ! command -v cuobjdump >/dev/null; then
     echo "psa_cuda.cu: its machine code was not looked at, there is no cuobjdump"
     exit 0
 fi
+# The inner loop of attend_hopper: from the first HGMMA of the loop's longest jump back to that jump.
+mix() {
+    [ "$(awk '/Function :/ { name = $3 } /HGMMA/ { found[name] = 1 } END { for (n in found) print n }' \
+        "$B/psa_cuda.sass" | grep -c psa__attend_hopper || true)" = 4 ] || fail "attend_hopper has no HGMMA"
+    awk '/Function :/ { take = $3 ~ /attend_hopperI9psa__bf16/; if (take) print $3 }
+         take && match($0, /^ +\/\*[0-9a-f]+\*\/ +(@!?U?P[0-9T]+ +)?[A-Z0-9_.]+/) {
+             split(substr($0, RSTART, RLENGTH), w, " "); op = w[2] ~ /^@/ ? w[3] : w[2]; sub(/\..*/, "", op); print op }' \
+        "$B/psa_cuda.sass" | c++filt | awk '/attend_hopper/ { name = $0; next } { n[name, $1]++; names[name]; ops[$1] }
+         END { for (name in names) { printf "%s:", name
+                   for (op in ops) if (n[name, op] >= 16) printf " %s %d", op, n[name, op]
+                   print "" } }' | sed 's/psa__//g; s/void //; s/(.*)//'
+}
+
 for a in $SM; do
     cuobjdump -sass -arch "sm_$a" "$B/psa_cuda.o" >"$B/psa_cuda.sass"
-    multiply=$(awk '/Function :/ { name = $3 } /HMMA/ { found[name] = 1 } END { for (n in found) print n }' \
+    multiply=$(awk '/Function :/ { name = $3 } / H[G]?MMA/ { found[name] = 1 } END { for (n in found) print n }' \
         "$B/psa_cuda.sass" | grep -cE 'psa__(attend|score)' || true)
-    [ "$multiply" = 16 ] || fail "sm_$a: $multiply kernels have tensor instructions, expected 16"
+    expected=16
+    [ "$a" != 90a ] || expected=20
+    [ "$multiply" = $expected ] || fail "sm_$a: $multiply kernels have tensor instructions, expected $expected"
+    [ "$a" != 90a ] || mix
     ! grep -wE 'LDL|STL' "$B/psa_cuda.sass" || fail "sm_$a: local memory"
 done
 rm "$B/psa_cuda.sass"
-echo "psa_cuda.cu: tensor instructions in all 16 kernels of attend and score"
+echo "psa_cuda.cu: tensor instructions in all kernels of attend and score"
