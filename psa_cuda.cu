@@ -134,14 +134,18 @@ PSA__DEVICE uint32_t psa__opaque(uint32_t x)
 #define PSA__HOPPER [[maybe_unused]] PSA__DEVICE
 
 /* The threads of some warps wait for each other; arrive: do not wait. */
-PSA__HOPPER void psa__group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+PSA__HOPPER void psa__group_sync(int id, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 PSA__HOPPER void psa__group_arrive(int id, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /* Barriers in shared memory, 8 bytes each. A phase ends when all have arrived and all bytes that they expect are there;
- * wait returns when the current phase has the other parity. A warp arrives as one, after what its lanes read and wrote. */
+ * wait returns when the current phase has the other parity. A warp arrives as one, after all that its lanes read and
+ * wrote. */
 PSA__HOPPER void psa__bar_init(uint32_t at, int arrivals)
 {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(psa__address(at)), "r"(arrivals) : "memory");
@@ -149,13 +153,15 @@ PSA__HOPPER void psa__bar_init(uint32_t at, int arrivals)
 PSA__HOPPER void psa__bar_arrive(uint32_t at)
 {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(psa__address(at)) : "memory");
+    if (threadIdx.x % 32 != 0) return;
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(psa__address(at)) : "memory");
 }
 PSA__HOPPER void psa__bar_expect(uint32_t at, uint32_t bytes)
 {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(psa__address(at)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(psa__address(at)), "r"(bytes)
+                 : "memory");
 }
 PSA__HOPPER void psa__bar_wait(uint32_t at, uint32_t parity)
 {
@@ -172,8 +178,14 @@ PSA__HOPPER void psa__bar_wait(uint32_t at, uint32_t parity)
 PSA__HOPPER void psa__fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /* Registers of a thread of the warpgroup, from now on. */
-template <int N> PSA__HOPPER void psa__more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> PSA__HOPPER void psa__fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> PSA__HOPPER void psa__more_registers()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> PSA__HOPPER void psa__fewer_registers()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 
 /* A box of a tensor [batch][head][half][row][64 columns], with zeros for what is outside of it, goes to shared memory,
  * swizzled; its bytes are then counted by the barrier. */
@@ -297,6 +309,7 @@ struct psa__job {
     psa_tensor q, k, v, out;  /* as in the plan, with data */
     psa_tensor read_k, read_v; /* what score and attend read: k and v, or pool's copies in the right order and type */
     int shared_max;           /* bytes that a block may have */
+    int capability, sms;      /* of the device: 10 * major + minor, multiprocessors */
     int B, Hq, Hkv, group, Nq, Nk, D, Dv, nq, nk, block_q, block_k, log2_block_k;
     int causal, shift;        /* query i stands at token i + shift and sees the tokens up to that one */
     float scale;              /* positive, includes log2(e): logits are in units of log2 */
@@ -434,9 +447,9 @@ PSA__DEVICE void psa__store2(char *to, int type, const psa__f2 &x)
 }
 
 /* Rows of DP 16-bit elements in shared memory lie in chunks of 16 bytes, in groups of 8 rows x 64 columns. There a row
- * has 128 bytes, all banks, so without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in the
- * same four banks. It is the 128-byte swizzle of TMA and wgmma. Tiles begin at multiples of 8 rows, so at(row, c + 2*k)
- * is at(row, c) ^ step16(k) for c 0 or 1. */
+ * has 128 bytes, all banks, so without the XOR the eight rows that ldmatrix reads at one chunk would be eight deep in
+ * the same four banks. It is the 128-byte swizzle of TMA and wgmma. Tiles begin at multiples of 8 rows, so
+ * at(row, c + 2*k) is at(row, c) ^ step16(k) for c 0 or 1. */
 template <int DP> PSA__DEVICE uint32_t psa__at(int row, int chunk)
 {
     return (uint32_t)((row >> 3) * DP * 16 + (chunk >> 3) * 1024 + (row & 7) * 128 + (((chunk ^ row) & 7) << 4));
@@ -1156,7 +1169,7 @@ static __global__ void __launch_bounds__(PSA__THREADS, PSA__CTAS) psa__list(cons
 
 /* What a CTA has to do. It stays in shared memory: in the inner loop registers are for O and S. */
 struct psa__attend_block {
-    int b, h;
+    int b, h, hkv;
     int row0, rows; /* its query rows */
     int task;       /* the query block, as the list counts them */
     int n;          /* rows of its stream */
@@ -1347,8 +1360,9 @@ PSA__DEVICE bool psa__biases(const psa__job &job, int slot, float (&s)[S::MT][S:
     return false;
 }
 
-/* Online softmax in base 2, first part: m and l of the rows with this tile's logits, S*scale + bias. They change only if
- * a maximum grew by more than RESCALE; returns whether, and then O is to shrink. l is this thread's share of the sum. */
+/* Online softmax in base 2, first part: m and l of the rows with this tile's logits, S*scale + bias. They change only
+ * if a maximum grew by more than RESCALE; returns whether, and then O is to shrink. l is this thread's share of the
+ * sum. */
 template <class S>
 PSA__DEVICE bool psa__maxima(float scale, float bias, const float (&s)[S::MT][S::BN / 8][4], float (&m)[S::MT * 2],
                              float (&l)[S::MT * 2], float (&shrink)[S::MT * 2])
@@ -1378,7 +1392,10 @@ PSA__DEVICE bool psa__maxima(float scale, float bias, const float (&s)[S::MT][S:
 template <class S> PSA__DEVICE void psa__rescale(const float (&shrink)[S::MT * 2], float (&o)[S::MT][S::DP / 8][4])
 {
 #pragma unroll
-    for (int i = 0; i < S::MT * S::DP / 2; i++) o[i / (S::DP / 2)][i / 4 % (S::DP / 8)][i % 4] *= shrink[i / (S::DP / 2) * 2 + i / 2 % 2];
+    for (int i = 0; i < S::MT * S::DP / 2; i++) {
+        int tile = i / (S::DP / 2);
+        o[tile][i / 4 % (S::DP / 8)][i % 4] *= shrink[tile * 2 + i / 2 % 2];
+    }
 }
 
 /* Second part: S becomes exp2(S*scale + bias - m). */
@@ -1525,15 +1542,16 @@ PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM, 
     int64_t tiles = (int64_t)job.nq * job.q_tiles, pooled;
     int g = (int)(x % job.group), tile = (int)(x / job.group % tiles), head = (int)(x / job.group / tiles);
     if (job.causal) tile = (int)tiles - 1 - tile;
-    int iq = tile / job.q_tiles, within = tile % job.q_tiles * BM, hkv = head % job.Hkv;
+    int iq = tile / job.q_tiles, within = tile % job.q_tiles * BM;
     pooled = (int64_t)head * job.plan.pooled_rows;
     w.b = head / job.Hkv;
-    w.h = hkv * job.group + g;
+    w.hkv = head % job.Hkv;
+    w.h = w.hkv * job.group + g;
     w.row0 = iq * job.block_q + within;
     w.rows = psa__imin(BM, psa__block_q_rows(job, iq) - within);
     w.task = (w.b * job.Hq + w.h) * job.nq + iq;
-    w.k = psa__row(job.read_k, w.b, hkv, 0);
-    w.v = psa__row(job.read_v, w.b, hkv, 0);
+    w.k = psa__row(job.read_k, w.b, w.hkv, 0);
+    w.v = psa__row(job.read_v, w.b, w.hkv, 0);
     w.pooled_k = job.pooled_k + pooled * job.D * 2;
     w.pooled_v = job.pooled_v + pooled * job.Dv * 2;
     w.n = 0;
@@ -1598,32 +1616,33 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
 /* >>hopper: attend by wgmma and TMA                                                                                 */
 /* ================================================================================================================= */
 
-/* As psa__attend, with other means: three warpgroups on an SM, that go through query tiles x, x + grid, ... on their own.
+/* As psa__attend, with other means: three warpgroups on an SM go through query tiles x, x + grid, ... on their own.
  *
- *   the last one brings rows in: each of its threads has row r of every tile, and TMA copies boxes of it, either 8 rows
- *   of a block at once or, where a group of 8 has rows of several blocks, row by row. Rows that do not exist are boxes
+ *   The last one brings rows in: each of its threads has row r of every tile, and TMA copies boxes, either 8 rows of a
+ *   block at once or, where a group of 8 has rows of several blocks, row by row. Rows that do not exist are boxes
  *   outside of the tensor: zeros. So every stage takes the same number of bytes, whatever it holds.
- *   the other two multiply, each for 64 rows of queries: QK from shared memory, PV with P in registers, V MN-major.
- *   QK of a tile is under way with PV of the tile before; and while one warpgroup computes weights the other multiplies.
+ *   The other two multiply, each for 64 rows of queries: QK from shared memory, PV with P in registers, V MN-major. QK
+ *   of a tile is under way with PV of the tile before; and while one warpgroup computes weights the other multiplies.
  *
- * K and V of a stage each have two barriers: full, when their boxes have landed and their rows are published, and empty,
- * when every warp that multiplies is done with them. Phase t / STAGES of both is that of tile t, counted over all query
- * tiles. The ring of rows is one longer than that of stages: K of tile t - STAGES being empty, t - STAGES - 1 is past. */
+ * K and V of a stage each have two barriers: full, when their boxes have landed and their rows are published, and
+ * empty, when every warp that multiplies is done with them. Phase t / STAGES of both is that of tile t, counted over
+ * all query tiles. The ring of rows is one longer than that of stages: when K of tile t - STAGES is empty, tile
+ * t - STAGES - 1 is past. */
 
 constexpr int PSA__PRODUCERS = 128, PSA__PRODUCER_REGISTERS = 40, PSA__CONSUMER_REGISTERS = 232;
-constexpr int PSA__TURN = 1, PSA__CONSUME = 3, PSA__PRODUCE = 4; /* ids of named barriers; TURN + 0, 1: whose turn it is */
+constexpr int PSA__TURN = 1, PSA__CONSUME = 3, PSA__PRODUCE = 4; /* named barriers; TURN and the next: whose turn */
 
-/* tensors[is_v][is_pooled][one row, 8 rows] */
 struct psa__hopper_job : psa__job {
-    psa__map map[2][2][2];
-    int tiles; /* of queries */
+    psa__map map[2][2][2]; /* K, V; tokens, means; boxes of a row, of 8 rows */
+    int tiles;             /* of queries */
 };
 
 using psa__hopper_64 = psa__tiles<128, 128, 64, 4, 8>;
 using psa__hopper_128 = psa__tiles<128, 128, 128, 2, 8>;
 
 template <class S> struct psa__hopper_shape {
-    static constexpr uint32_t AT_FULL = (S::BYTES + 15) / 16 * 16, AT_EMPTY = AT_FULL + S::STAGES * 16; /* K, V, K, V, ... */
+    static constexpr uint32_t AT_FULL = (S::BYTES + 15) / 16 * 16; /* K, V, K, V, ... */
+    static constexpr uint32_t AT_EMPTY = AT_FULL + S::STAGES * 16;
     static constexpr uint32_t BYTES = AT_EMPTY + S::STAGES * 16;
     static_assert(BYTES <= 227 * 1024, "what sm_90 has");
 };
@@ -1661,16 +1680,17 @@ template <class S> PSA__DEVICE int psa__begin(const psa__job &job, int x, int fi
 template <class S> PSA__DEVICE void psa__boxes(const psa__hopper_job &job, uint32_t row, int r, uint32_t t, int is_v)
 {
     psa__attend_block w = psa__here<S>();
-    int lane = r % 32, hkv = w.h / job.group, at = (int)(row & ~PSA__POOLED);
+    int lane = r % 32, at = (int)(row & ~PSA__POOLED);
     uint32_t first = psa__shuffle(row, lane & ~7), to = psa__stage<S>(t, is_v), bar = psa__full<S>(t, is_v);
     uint32_t together = psa__ballot(row == first + (uint32_t)(lane & 7) || (row == PSA__NONE && first == PSA__NONE));
     bool eight = (together >> (lane & 24) & 0xff) == 0xff, pooled = row != PSA__NONE && row >= PSA__POOLED;
     const psa__map &map = job.map[is_v][pooled][eight];
     if (row == PSA__NONE) at = job.Nk;
     psa__bar_expect(bar, 32 * S::DP * 2);
-    if (eight && lane % 8 == 0) psa__box(to + psa__at<S::DP>(r, 0), map, at, 0, hkv, w.b, bar);
+    if (eight && lane % 8 == 0) psa__box(to + psa__at<S::DP>(r, 0), map, at, 0, w.hkv, w.b, bar);
     for (int half = 0; !eight && half < S::DP / 64; half++) {
-        psa__box(to + (uint32_t)((r >> 3) * S::DP * 16 + half * 1024 + (r & 7) * 128), map, at, half, hkv, w.b, bar);
+        uint32_t begin = (uint32_t)((r >> 3) * S::DP * 16 + half * 1024 + (r & 7) * 128);
+        psa__box(to + begin, map, at, half, w.hkv, w.b, bar);
     }
 }
 
@@ -2060,15 +2080,9 @@ static bool psa__hopper_init(psa__hopper_job *h, const psa__job *job)
 {
     const psa_plan *p = &job->plan;
     const char *wanted = getenv("PSA_SM90");
-    int device = 0, major = 0, minor = 0;
     int64_t rows = p->pooled_rows > 0 ? p->pooled_rows : 1; /* dense: nothing is read from there */
-    if (!wanted || strcmp(wanted, "1") != 0 || p->D != p->Dv || (p->D != 64 && p->D != 128)) return false;
-    if (job->splits > 1 || p->desc.block_q <= 64) return false;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess || major * 10 + minor != 90) {
-        return false;
-    }
+    if (job->capability != 90 || !wanted || strcmp(wanted, "1") != 0) return false;
+    if (p->D != p->Dv || (p->D != 64 && p->D != 128) || p->desc.block_q <= 64 || job->splits > 1) return false;
     static_cast<psa__job &>(*h) = *job;
     h->tiles = (int)psa__map_rows(p) * job->q_tiles;
     psa_tensor pooled = psa_tensor_4d(job->pooled_k, PSA_BF16, p->D, rows, p->Hkv, p->B);
@@ -2077,13 +2091,13 @@ static bool psa__hopper_init(psa__hopper_job *h, const psa__job *job)
            psa__make_maps(h->map[0][1], &pooled) && psa__make_maps(h->map[1][1], &pooled_v);
 }
 
-template <class T, class S> static psa_result psa__run_hopper(const psa__hopper_job &h, void *stream)
+template <class T> static psa_result psa__run_hopper(const psa__hopper_job &h, void *stream)
 {
-    int device = 0, sms = 1;
-    if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    unsigned ctas = (unsigned)(h.tiles < sms ? h.tiles : sms);
-    cudaError_t e = psa__enqueue(psa__attend_hopper<T, S>, ctas, 1, S::THREADS + PSA__PRODUCERS,
-                                 psa__hopper_shape<S>::BYTES, stream, h);
+    bool wide = h.D == 128;
+    unsigned ctas = (unsigned)(h.tiles < h.sms ? h.tiles : h.sms);
+    size_t shared = wide ? psa__hopper_shape<psa__hopper_128>::BYTES : psa__hopper_shape<psa__hopper_64>::BYTES;
+    cudaError_t e = psa__enqueue(wide ? psa__attend_hopper<T, psa__hopper_128> : psa__attend_hopper<T, psa__hopper_64>,
+                                 ctas, 1, psa__hopper_64::THREADS + PSA__PRODUCERS, shared, stream, h);
     return e == cudaSuccess ? PSA_OK : psa__refuse(&h.plan, PSA_ERR_CUDA_LAUNCH, PSA__NO_LAUNCH);
 }
 
@@ -2091,11 +2105,13 @@ template <class T, class S> static psa_result psa__run_hopper(const psa__hopper_
 static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q, const void *k, const void *v,
                                 const void *out, void *work)
 {
-    int device = 0, major = 0, shared_max = 0;
+    int device = 0, major = 0, minor = 0, sms = 0, shared_max = 0;
     if (!p) return PSA_ERR_NULL;
     if (!work) return psa__refuse(p, PSA_ERR_NULL, "work must not be NULL");
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
         major < 8 || shared_max < 99 * 1024) {
         return psa__refuse(p, PSA_ERR_CUDA_DEVICE, "expected a device of compute capability 8.0 or later");
@@ -2112,6 +2128,8 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
     memset(job, 0, sizeof *job);
     job->plan = *p;
     job->shared_max = shared_max;
+    job->capability = 10 * major + minor;
+    job->sms = sms;
     job->B = (int)p->B, job->Hq = (int)p->Hq, job->Hkv = (int)p->Hkv, job->group = (int)(p->Hq / p->Hkv);
     job->Nq = (int)p->Nq, job->Nk = (int)p->Nk, job->D = (int)p->D, job->Dv = (int)p->Dv;
     job->nq = (int)p->nq, job->nk = (int)p->nk, job->block_q = p->desc.block_q, job->block_k = p->desc.block_k;
@@ -2204,11 +2222,8 @@ extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const
     }
     job.lse = lse;
     if (psa__hopper_init(&hopper, &job)) {
-        bool f16 = plan->k.type == PSA_F16, wide = plan->D == 128;
-        return f16 ? wide ? psa__run_hopper<psa__f16, psa__hopper_128>(hopper, stream)
-                          : psa__run_hopper<psa__f16, psa__hopper_64>(hopper, stream)
-                   : wide ? psa__run_hopper<psa__bf16, psa__hopper_128>(hopper, stream)
-                          : psa__run_hopper<psa__bf16, psa__hopper_64>(hopper, stream);
+        if (plan->k.type == PSA_F16) return psa__run_hopper<psa__f16>(hopper, stream);
+        return psa__run_hopper<psa__bf16>(hopper, stream);
     }
     choice = plan->k.type == PSA_F16 ? psa__choose_attend<psa__f16>(plan) : psa__choose_attend<psa__bf16>(plan);
     r = psa__run(plan, choice.kernel, psa__map_rows(plan) * job.q_tiles, job.splits, choice.shared, stream, job);

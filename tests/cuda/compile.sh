@@ -67,13 +67,14 @@ if ! command -v cuobjdump >/dev/null; then
     echo "psa_cuda.cu: its machine code was not looked at, there is no cuobjdump"
     exit 0
 fi
-# The inner loop of attend_hopper: from the first HGMMA of the loop's longest jump back to that jump.
+# What attend_hopper is made of: instructions that it has 16 times at least.
 mix() {
     [ "$(awk '/Function :/ { name = $3 } /HGMMA/ { found[name] = 1 } END { for (n in found) print n }' \
         "$B/psa_cuda.sass" | grep -c psa__attend_hopper || true)" = 4 ] || fail "attend_hopper has no HGMMA"
     awk '/Function :/ { take = $3 ~ /attend_hopperI9psa__bf16/; if (take) print $3 }
          take && match($0, /^ +\/\*[0-9a-f]+\*\/ +(@!?U?P[0-9T]+ +)?[A-Z0-9_.]+/) {
-             split(substr($0, RSTART, RLENGTH), w, " "); op = w[2] ~ /^@/ ? w[3] : w[2]; sub(/\..*/, "", op); print op }' \
+             split(substr($0, RSTART, RLENGTH), w, " "); op = w[2] ~ /^@/ ? w[3] : w[2]
+             sub(/\..*/, "", op); print op }' \
         "$B/psa_cuda.sass" | c++filt | awk '/attend_hopper/ { name = $0; next } { n[name, $1]++; names[name]; ops[$1] }
          END { for (name in names) { printf "%s:", name
                    for (op in ops) if (n[name, op] >= 16) printf " %s %d", op, n[name, op]

@@ -8,9 +8,9 @@
  *   - Shared memory starts as NaN in each type; every access is checked for bounds and alignment.
  *   - Lanes that meet at different collectives, and blocks in which nothing can run any more, are errors.
  *   - Shared-memory wavefronts are counted per source line.
- *   - Boxes of TMA land at once or when nothing else can run, wgmma is carried out at once or at its wait: registers and
- *     shared memory that are touched in between show. Barriers in shared memory have phases, arrivals and bytes to come;
- *     what threads write there is for wgmma and TMA to read only after a fence of the writer's.
+ *   - Boxes of TMA land at once or when nothing else can run, wgmma is carried out at once or at its wait: registers
+ *     and shared memory that are touched in between show. Barriers in shared memory have phases, arrivals and bytes to
+ *     come; what threads write there is for wgmma and TMA to read only after a fence of the writer's.
  *   - A barrier or a wait can be left out by its source line, an address, a parity or a number of bytes made wrong: the
  *     tests prove that they would notice. */
 #ifndef EMU_H
@@ -954,7 +954,8 @@ template <class T> void psa__multiply(const emu::product &p)
     for (int k = 0; k < 16; k++) {
         for (int i = 0; i < 16; i++) {
             int lane = i % 8 * 4 + k % 8 / 2, word = k / 8 * 2 + i / 8;
-            uint16_t h = p.a[0] ? (uint16_t)(p.a[lane][word] >> k % 2 * 16) : emu::element(p.desc_a, false, p.row0 + i, k);
+            uint16_t h = p.a[0] ? (uint16_t)(p.a[lane][word] >> k % 2 * 16)
+                                : emu::element(p.desc_a, false, p.row0 + i, k);
             a[i][k] = psa__to_float(T(), h);
         }
         for (int j = 0; j < p.n; j++) b[k][j] = psa__to_float(T(), emu::element(p.desc_b, p.a[0] != nullptr, j, k));

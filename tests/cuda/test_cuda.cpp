@@ -769,7 +769,9 @@ static std::vector<char> run_quietly(call *c)
     emu::m.opt.quiet = true;
     psa_result r = psa_cuda_attention(&c->plan, c->q.t.data, c->k.t.data, c->v.t.data, c->out.t.data, &extra,
                                       c->work.data(), c->work.size, nullptr);
-    if (r == PSA_OK && !hopper) psa_cuda_merge(&c->out.t, extra.lse, &c->q.t, extra.scores, nullptr); /* any numbers will do */
+    if (r == PSA_OK && !hopper) { /* any numbers will do */
+        psa_cuda_merge(&c->out.t, extra.lse, &c->q.t, extra.scores, nullptr);
+    }
     return outputs_of(*c);
 }
 
@@ -779,8 +781,8 @@ static const emu::options schedules[] = {
     {emu::RANDOM, emu::EARLY, 0},  {emu::RANDOM, emu::LATE, 0},
 };
 
-/* The same for the attend of sm_90a: more tiles than stages, over several tiles of queries in a CTA; blocks of fewer than
- * 8 rows; causal, with values behind the diagonal that are not finite. */
+/* The same for the attend of sm_90a: more tiles than stages, over several tiles of queries in a CTA; blocks of fewer
+ * than 8 rows; causal, with values behind the diagonal that are not finite. */
 static bool hopper_call(call *c, bool second)
 {
     shape s;
@@ -860,8 +862,12 @@ static void test_every_barrier_is_needed()
     for (int i = 0; i < 2; i++) {
         if (!call_of_everything(&c[i], i)) return;
         right[i] = run_quietly(&c[i]);
-        if (hopper) emu::m.syncs.clear(), emu::m.matrices.clear(); /* the last stage is attend */
-        if (hopper) OK(psa_cuda_attend(&c[i].plan, c[i].q.t.data, c[i].k.t.data, c[i].v.t.data, c[i].work.data(), c[i].out.t.data, c[i].lse.as<float>(), nullptr));
+        if (hopper) { /* the lines of attend alone */
+            emu::m.syncs.clear();
+            emu::m.matrices.clear();
+            OK(psa_cuda_attend(&c[i].plan, c[i].q.t.data, c[i].k.t.data, c[i].v.t.data, c[i].work.data(),
+                               c[i].out.t.data, nullptr, nullptr));
+        }
         syncs.insert(emu::m.syncs.begin(), emu::m.syncs.end());
         matrices.insert(emu::m.matrices.begin(), emu::m.matrices.end());
     }
@@ -984,7 +990,8 @@ static void test_model()
             emu::m.opt.count = false;
             for (auto &l : emu::m.lines) wavefronts += l.second.wavefronts;
             auto like = [&](const char *what, double model, double counted, double share) {
-                CHECK(fabs(model - counted) <= share * counted, "%s, D %d, block_q %d: %s: the model has %g, counted %g",
+                CHECK(fabs(model - counted) <= share * counted,
+                      "%s, D %d, block_q %d: %s: the model has %g, counted %g",
                       attend ? "attend" : "score", s.D, desc.block_q, what, model, counted);
             };
             like("MMAs", want.mmas, (double)emu::m.mmas, 0);
@@ -1135,7 +1142,9 @@ static void wgmma_kernel(wgmma_job job)
     psa__wgmma_commit();
     if (job.touch) p[1] = 0;
     psa__wgmma_wait<0>(o);
-    for (int i = 0; i < 64; i++) job.seen[(row0 + i % 4 / 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = s[i / 4][i % 4];
+    for (int i = 0; i < 64; i++) {
+        job.seen[(row0 + i % 4 / 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = s[i / 4][i % 4];
+    }
     for (int i = 0; i < 32; i++) {
         job.seen[64 * 128 + (row0 + i % 4 / 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = o[i / 4][i % 4];
     }
@@ -1247,7 +1256,9 @@ int main(int argc, char **argv)
         emu::m.opt = on_this_gpu(emu::options());
         emu::m.most_threads = 0;
         t.run();
-        if (strncmp(t.name, "emulator", 8)) CHECK(hopper == (emu::m.most_threads > 128), "blocks had %d threads", emu::m.most_threads);
+        if (strncmp(t.name, "emulator", 8)) {
+            CHECK(hopper == (emu::m.most_threads > 128), "blocks had %d threads", emu::m.most_threads);
+        }
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
         printf("%-24s %s %5.1f s\n", t.name, failures == before ? "ok" : "FAILED", seconds);
         fflush(stdout);
