@@ -133,12 +133,14 @@ PSA__DEVICE uint32_t psa__opaque(uint32_t x)
 
 #define PSA__HOPPER [[maybe_unused]] PSA__DEVICE
 
-/* The threads of some warps wait for each other; arrive: do not wait. */
+/* The threads of some warps wait for each other. take_turn and give_turn: those that take wait for those that give;
+ * for speed alone, nothing depends on it. */
 PSA__HOPPER void psa__group_sync(int id, int threads)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-PSA__HOPPER void psa__group_arrive(int id, int threads)
+PSA__HOPPER void psa__take_turn(int id, int threads) { psa__group_sync(id, threads); }
+PSA__HOPPER void psa__give_turn(int id, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -1782,19 +1784,19 @@ template <class T, class S> PSA__DEVICE void psa__step_tiles(const psa__job &job
     bool grew;
     psa__bar_wait(psa__full<S>(t, 1), psa__parity<S>(t));
     psa__bar_wait(psa__full<S>(t + 1, 0), psa__parity<S>(t + 1));
-    psa__group_sync(turn, S::THREADS);
+    psa__take_turn(turn, S::THREADS);
     if (x.guarded) {
         psa__guarded_pv<T, S>(job, t, x.s, x.o);
         psa__wgmma_fence();
         psa__start_qk<T, S>(t + 1, x.s);
-        psa__group_arrive(PSA__TURN * 2 + 1 - turn, S::THREADS);
+        psa__give_turn(PSA__TURN * 2 + 1 - turn, S::THREADS);
         psa__wgmma_wait<0>(x.s[0]);
         grew = psa__tile_weights<T, S>(job, t + 1, x, shrink);
     } else {
         psa__wgmma_fence();
         psa__start_qk<T, S>(t + 1, x.s);
         psa__start_pv<T, S>(t, x.p, x.o);
-        psa__group_arrive(PSA__TURN * 2 + 1 - turn, S::THREADS);
+        psa__give_turn(PSA__TURN * 2 + 1 - turn, S::THREADS);
         psa__wgmma_wait<1>(x.s[0]);
         grew = psa__tile_weights<T, S>(job, t + 1, x, shrink);
         psa__wgmma_wait<0>(x.o[0]);
@@ -1808,7 +1810,7 @@ template <class T, class S> PSA__DEVICE void psa__consume(const psa__hopper_job 
 {
     uint32_t t = 0;
     float shrink[2];
-    if ((int)threadIdx.x >= 128) psa__group_arrive(PSA__TURN, S::THREADS);
+    if ((int)threadIdx.x >= 128) psa__give_turn(PSA__TURN, S::THREADS);
     for (int query_tile = (int)blockIdx.x; query_tile < job.tiles; query_tile += (int)gridDim.x) {
         int tiles = psa__begin<S>(job, query_tile, 0, PSA__CONSUME, S::THREADS);
         psa__state<S> x = {{}, {}, {PSA__LOWEST, PSA__LOWEST}, {}, {}, false};

@@ -820,14 +820,17 @@ static inline uint32_t psa__group_join(int id, int threads)
     return phase;
 }
 
-static inline void psa__group_arrive(int id, int threads, PSA__LINE)
-{
-    if (!psa__skipped(line)) psa__group_join(id, threads);
-}
-
 static inline void psa__group_sync(int id, int threads, PSA__LINE)
 {
     if (psa__skipped(line)) return;
+    uint32_t phase = psa__group_join(id, threads);
+    emu::wait_until([=] { return emu::m.groups[id].phase != phase; });
+}
+
+/* Not to be left out: only time would show it. */
+static inline void psa__give_turn(int id, int threads) { psa__group_join(id, threads); }
+static inline void psa__take_turn(int id, int threads)
+{
     uint32_t phase = psa__group_join(id, threads);
     emu::wait_until([=] { return emu::m.groups[id].phase != phase; });
 }
