@@ -795,6 +795,7 @@ static bool hopper_call(call *c, bool second)
     desc.block_k = second ? 64 : 16;
     desc.causal = second;
     desc.skip_mean = 1;
+    for (int i = 0; i < 4; i++) desc.level_end[i] = 0.6 + 0.1 * i;
     if (!call_make(c, s, desc)) return false;
     for (int64_t n = 0; second && n < s.Nk; n += 70) store(s.kv, element(c->v.t, n % s.D, n, 0, 0), INFINITY);
     return true;
