@@ -22,8 +22,9 @@
  *     it into tiles. A tile mixes blocks and levels, and a block costs what its level says.
  *
  *     Hopper has an attend of its own, by wgmma and TMA. Until it has run on hardware it is taken only where the
- *     environment says PSA_SM90=1; what it does not do (D other than 64 and 128, query blocks of up to 64 rows, split
- *     streams, K or V not at multiples of 128 bytes) goes to the other one.
+ *     environment says PSA_SM90=1; what it does not do (head dimensions other than 64 and 128, or two of them; query
+ *     blocks of up to 64 rows; split streams) goes to the other one. It needs the code for sm_90a:
+ *     -gencode arch=compute_90a,code=sm_90a.
  *
  * CONTENTS   >>device  >>job  >>pool  >>score  >>mask  >>attend  >>hopper  >>combine  >>host
  *
@@ -114,6 +115,7 @@ PSA__DEVICE uint32_t psa__as_bits(float x) { return __float_as_uint(x); }
 template <class V> PSA__DEVICE V psa__shuffle(V v, int from) { return __shfl_sync(~0u, v, from); }
 template <class V> PSA__DEVICE V psa__shuffle_xor(V v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 PSA__DEVICE uint32_t psa__ballot(bool x) { return __ballot_sync(~0u, x); }
+PSA__DEVICE uint32_t psa__draw(uint32_t *ticket) { return atomicAdd(ticket, 1u); }
 
 PSA__DEVICE float psa__exp2(float x) /* one MUFU; denormal results are 0 */
 {
@@ -223,6 +225,13 @@ static bool psa__make_map(psa__map *map, const void *data, const uint64_t *size,
                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+/* Whether there is code of the kernel for sm_90a. For others it is empty and takes next to no registers. */
+template <class J> static bool psa__has_code(void (*kernel)(J))
+{
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, reinterpret_cast<const void *>(kernel)) == cudaSuccess && a.numRegs > 64;
+}
+
 /* An operand of wgmma in shared memory with the 128-byte swizzle. K-major: `stride` bytes from 8 rows to the next 8.
  * MN-major: that for k, and `leading` from 64 columns to the next 64. */
 PSA__HOPPER uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
@@ -299,6 +308,8 @@ constexpr int PSA__WARPS = PSA__THREADS / 32;
 constexpr int PSA__CTAS = 6;                   /* of small kernels on an SM: left to itself ptxas spills to have more */
 constexpr uint32_t PSA__NONE = 0xffffffffu;    /* a stream row that does not exist */
 constexpr uint32_t PSA__POOLED = 0x80000000u;  /* a stream row that is a pooled one; the rest is its number */
+constexpr uint32_t PSA__MIXED = 0xffffffffu;   /* 32 stream rows with more than one bias, ... */
+constexpr uint32_t PSA__STRADDLE = 0xfffffffeu; /* ... some of which some queries do not see */
 constexpr int PSA__NEAR_KEYS = 8192;           /* blocks that mask sorts in shared memory: 64 KB of keys */
 constexpr int PSA__MASK_CTAS = 1024;           /* of mask at most: each sorts more than that in memory of its own */
 constexpr float PSA__LOWEST = -3.402823466e+38f;         /* a finite stand-in for -inf as a running maximum */
@@ -341,6 +352,8 @@ struct psa__job {
     uint16_t *count;           /* [B][Hq][nq][PSA_MAX_LEVELS] the list: KV blocks at levels 1, 2, 4, ... */
     uint16_t *index;           /* [B][Hq][nq][nk] and which */
     int q_tiles;               /* attend: tiles of query rows in a query block */
+    int section;               /* attend: KV heads whose K and V fit into the L2 cache together */
+    uint32_t *ticket;          /* attend: query tiles that were drawn, by CTAs that go through several */
     int splits;                /* attend: parts of the stream, each its own CTA */
     psa_tensor part;            /* combine: part 0 of the results; the next one lies part_bytes behind it */
     int64_t part_bytes;
@@ -1188,8 +1201,8 @@ template <int BM_, int BN_, int DP_, int STAGES_, int WARPS_ = PSA__WARPS> struc
     static constexpr uint32_t AT_KV = BM * DP * 2;
     static constexpr uint32_t AT_ROWS = AT_KV + STAGES * 2 * KV;          /* u32 [RING][BN] */
     static constexpr uint32_t AT_BIAS = AT_ROWS + RING * BN * 4;          /* f32 [RING][BN] */
-    static constexpr uint32_t AT_PLAIN = AT_BIAS + RING * BN * 4;         /* u32 [RING][BN/32]: one bias, none hidden */
-    static constexpr uint32_t AT_COUNT = AT_PLAIN + RING * (BN / 32) * 4; /* u32 [levels] of the list */
+    static constexpr uint32_t AT_KIND = AT_BIAS + RING * BN * 4;          /* u32 [RING][BN/32]: bias of all, or kind */
+    static constexpr uint32_t AT_COUNT = AT_KIND + RING * (BN / 32) * 4;  /* u32 [levels] of the list */
     static constexpr uint32_t AT_BLOCK = (AT_COUNT + PSA_MAX_LEVELS * 4 + 15) / 16 * 16; /* psa__attend_block */
     static constexpr uint32_t BYTES = AT_BLOCK + COPIES * sizeof(psa__attend_block);
     static_assert(BYTES <= (COPIES == 1 ? 99 : 226) * 1024, "what sm_86, 89 and 120 have, and sm_90 with barriers");
@@ -1249,12 +1262,12 @@ template <class S> PSA__DEVICE uint32_t psa__publish_row(const psa__job &job, co
             row = PSA__POOLED | (uint32_t)(job.plan.level_row[x.level] + x.block * (job.block_k >> x.level) + x.within);
         }
     }
-    bool straddles = job.causal && (int)row > psa__here<S>().row0 + job.shift;
-    float first_bias = psa__shuffle(bias, 0);
-    uint32_t any_odd = psa__ballot(straddles || bias != first_bias);
+    uint32_t kind = psa__as_bits(psa__shuffle(bias, 0)); /* below: pooled rows are negative, hidden from none */
+    if (psa__ballot(psa__as_bits(bias) != kind)) kind = PSA__MIXED;
+    if (psa__ballot(job.causal && (int)row > psa__here<S>().row0 + job.shift)) kind = PSA__STRADDLE;
     psa__sts(S::AT_ROWS + (uint32_t)(slot * S::BN + r) * 4, row);
     psa__sts(S::AT_BIAS + (uint32_t)(slot * S::BN + r) * 4, bias);
-    if (r % 32 == 0) psa__sts(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + r / 32) * 4, (uint32_t)(any_odd == 0));
+    if (r % 32 == 0) psa__sts(S::AT_KIND + (uint32_t)(slot * (S::BN / 32) + r / 32) * 4, kind);
     return row;
 }
 
@@ -1325,41 +1338,44 @@ PSA__DEVICE void psa__qk(const psa__job &job, int stage, float (&s)[S::MT][S::BN
     }
 }
 
-/* Scales S and adds each column's own bias; hides what the rows do not see. For tiles that are not plain. */
+/* Scales S and adds each column's own bias; hides what the rows do not see. */
 template <class S> PSA__DEVICE void psa__add_biases(const psa__job &job, int slot, float (&s)[S::MT][S::BN / 8][4])
 {
     int lane = (int)threadIdx.x % 32;
     int first = psa__here<S>().row0 + job.shift + (int)threadIdx.x / 32 * 16 * S::MT + lane / 4;
 #pragma unroll
-    for (int j = 0; j < S::BN / 8 * 2; j++) {
-        uint32_t at = (uint32_t)(slot * S::BN + j / 2 * 8 + lane % 4 * 2 + j % 2) * 4;
-        float bias = psa__lds<float>(S::AT_BIAS + at);
-        int row = job.causal ? psa__lds<int>(S::AT_ROWS + at) : -1; /* pooled rows are negative, hidden from none */
+    for (int j = 0; j < S::BN / 8; j++) {
+        uint32_t at = (uint32_t)(slot * S::BN + j * 8 + lane % 4 * 2) * 4;
+        psa__f2 bias = psa__lds<psa__f2>(S::AT_BIAS + at);
+        uint64_t rows = job.causal ? psa__lds<uint64_t>(S::AT_ROWS + at) : ~(uint64_t)0;
 #pragma unroll
         for (int i = 0; i < S::MT * 2; i++) {
-            float &x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
-            x = row > first + 8 * i ? -PSA__INF : x * job.scale + bias;
+            float &x = s[i / 2][j][i % 2 * 2], &y = s[i / 2][j][i % 2 * 2 + 1];
+            x = (int)(uint32_t)rows > first + 8 * i ? -PSA__INF : x * job.scale + bias.x;
+            y = (int)(uint32_t)(rows >> 32) > first + 8 * i ? -PSA__INF : y * job.scale + bias.y;
         }
     }
 }
 
 /* What makes a tile's logits of S: the same scale and bias for all, or, where they are their own, 1 and 0 and they are
- * applied. Returns whether they are the same; nothing is hidden then. */
+ * applied. Returns whether some rows of the tile are hidden from some queries. */
 template <class S>
 PSA__DEVICE bool psa__biases(const psa__job &job, int slot, float (&s)[S::MT][S::BN / 8][4], float *scale, float *bias)
 {
-    bool plain = true;
-    *bias = psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN) * 4);
-    *scale = job.scale;
-    for (int x = 0; x < S::BN / 32; x++) {
-        plain &= psa__lds<uint32_t>(S::AT_PLAIN + (uint32_t)(slot * (S::BN / 32) + x) * 4) != 0;
-        plain &= psa__lds<float>(S::AT_BIAS + (uint32_t)(slot * S::BN + 32 * x) * 4) == *bias;
+    uint32_t at = S::AT_KIND + (uint32_t)(slot * (S::BN / 32)) * 4, first = psa__lds<uint32_t>(at);
+    bool mixed = first == PSA__MIXED, straddles = false;
+    for (uint32_t x = 0; x < S::BN / 32; x++) {
+        uint32_t kind = psa__lds<uint32_t>(at + x * 4);
+        mixed |= kind != first;
+        straddles |= kind == PSA__STRADDLE;
     }
-    if (plain) return true;
+    *scale = job.scale;
+    *bias = psa__as_float(first);
+    if (!mixed && !straddles) return false;
     psa__add_biases<S>(job, slot, s);
     *scale = 1.0f;
     *bias = 0.0f;
-    return false;
+    return straddles;
 }
 
 /* Online softmax in base 2, first part: m and l of the rows with this tile's logits, S*scale + bias. They change only
@@ -1536,16 +1552,17 @@ PSA__DEVICE void psa__finish(const psa__job &job, float (&o)[S::MT][S::DP / 8][4
     psa__write<S>(job, o);
 }
 
-/* Which query rows this CTA has: the heads of a KV head side by side, so that they find its rows in the L2 cache; with
- * causality the long rows first. */
-PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM, int64_t x)
+/* The query rows that come x-th. Section by section of KV heads, so that their rows are found in the L2 cache; in it
+ * every head's tile side by side, with causality the long ones first. */
+PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM, int x)
 {
     psa__attend_block w;
-    int64_t tiles = (int64_t)job.nq * job.q_tiles, pooled;
-    int g = (int)(x % job.group), tile = (int)(x / job.group % tiles), head = (int)(x / job.group / tiles);
-    if (job.causal) tile = (int)tiles - 1 - tile;
+    int tiles = job.nq * job.q_tiles, size = tiles * job.group * job.section, first = x / size * job.section;
+    int heads = psa__imin(job.section, job.B * job.Hkv - first) * job.group, at = x % size % heads;
+    int tile = x % size / heads, g = at % job.group, head = first + at / job.group;
+    if (job.causal) tile = tiles - 1 - tile;
     int iq = tile / job.q_tiles, within = tile % job.q_tiles * BM;
-    pooled = (int64_t)head * job.plan.pooled_rows;
+    int64_t pooled = (int64_t)head * job.plan.pooled_rows;
     w.b = head / job.Hkv;
     w.hkv = head % job.Hkv;
     w.h = w.hkv * job.group + g;
@@ -1566,7 +1583,7 @@ PSA__DEVICE psa__attend_block psa__attend_block_of(const psa__job &job, int BM, 
 template <class T, class S>
 __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constant__ psa__job job)
 {
-    psa__attend_block w = psa__attend_block_of(job, S::BM, blockIdx.x);
+    psa__attend_block w = psa__attend_block_of(job, S::BM, (int)blockIdx.x);
     int r = (int)threadIdx.x, tiles = (w.n + S::BN - 1) / S::BN;
     int begin = (int)((int64_t)tiles * blockIdx.y / job.splits);
     int end = (int)((int64_t)tiles * (blockIdx.y + 1) / job.splits);
@@ -1601,10 +1618,10 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
         if (r < S::BN) next = psa__find_row<S>(job, (ahead + 1) * S::BN + r);
 
         psa__qk<T, S>(job, i % S::STAGES, s);
-        bool plain = psa__biases<S>(job, slot, s, &scale, &bias);
+        bool straddles = psa__biases<S>(job, slot, s, &scale, &bias);
         if (psa__maxima<S>(scale, bias, s, m, l, shrink)) psa__rescale<S>(shrink, o);
         psa__weights<S>(scale, bias, s, m, l);
-        if (plain || !job.causal) {
+        if (!straddles) {
             psa__pv<T, S, false>(job, i % S::STAGES, s, o);
         } else if (psa__ballot(psa__pv<T, S, true>(job, i % S::STAGES, s, o))) {
             psa__add_odd<T, S>(job, i % S::STAGES, slot, o);
@@ -1618,11 +1635,11 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
 /* >>hopper: attend by wgmma and TMA                                                                                 */
 /* ================================================================================================================= */
 
-/* As psa__attend, with other means: three warpgroups on an SM go through query tiles x, x + grid, ... on their own.
+/* As psa__attend, with other means: three warpgroups on an SM draw one query tile after the other.
  *
- *   The last one brings rows in: each of its threads has row r of every tile, and TMA copies boxes, either 8 rows of a
- *   block at once or, where a group of 8 has rows of several blocks, row by row. Rows that do not exist are boxes
- *   outside of the tensor: zeros. So every stage takes the same number of bytes, whatever it holds.
+ *   The last one brings rows in: each of its threads has row r of every tile, and TMA copies boxes: 8 rows of a block,
+ *   or 4, or, where these are rows of several blocks, one. Rows that do not exist are boxes outside of the tensor:
+ *   zeros. So every stage takes the same number of bytes, whatever it holds.
  *   The other two multiply, each for 64 rows of queries: QK from shared memory, PV with P in registers, V MN-major. QK
  *   of a tile is under way with PV of the tile before; and while one warpgroup computes weights the other multiplies.
  *
@@ -1631,13 +1648,14 @@ __global__ void __launch_bounds__(PSA__THREADS) psa__attend(const __grid_constan
  * all query tiles. The ring of rows is one longer than that of stages: when K of tile t - STAGES is empty, tile
  * t - STAGES - 1 is past. */
 
-constexpr int PSA__PRODUCERS = 128, PSA__PRODUCER_REGISTERS = 40, PSA__CONSUMER_REGISTERS = 232;
-constexpr int PSA__TURN = 1, PSA__CONSUME = 3, PSA__PRODUCE = 4; /* named barriers; TURN and the next: whose turn */
+enum { PSA__PRODUCERS = 128, PSA__PRODUCER_REGISTERS = 40, PSA__CONSUMER_REGISTERS = 232 }; /* threads, of a thread */
+enum { PSA__TURN = 1, PSA__CONSUME = 3, PSA__PRODUCE = 4 }; /* named barriers; TURN and the next: whose turn */
 
 struct psa__hopper_job : psa__job {
-    psa__map map[2][2][2]; /* K, V; tokens, means; boxes of a row, of 8 rows */
+    psa__map map[2][2][3]; /* K, V; tokens, means; boxes of 1, 4 and 8 rows */
     int tiles;             /* of queries */
 };
+static_assert(sizeof(psa__hopper_job) <= 4096, "what a kernel's parameters may take");
 
 using psa__hopper_64 = psa__tiles<128, 128, 64, 4, 8>;
 using psa__hopper_128 = psa__tiles<128, 128, 128, 2, 8>;
@@ -1645,7 +1663,9 @@ using psa__hopper_128 = psa__tiles<128, 128, 128, 2, 8>;
 template <class S> struct psa__hopper_shape {
     static constexpr uint32_t AT_FULL = (S::BYTES + 15) / 16 * 16; /* K, V, K, V, ... */
     static constexpr uint32_t AT_EMPTY = AT_FULL + S::STAGES * 16;
-    static constexpr uint32_t BYTES = AT_EMPTY + S::STAGES * 16;
+    static constexpr uint32_t AT_TOLD = AT_EMPTY + S::STAGES * 16, AT_HEARD = AT_TOLD + 8; /* the block */
+    static constexpr uint32_t AT_DRAWN = AT_HEARD + 8;             /* its number */
+    static constexpr uint32_t BYTES = AT_DRAWN + 16;
     static_assert(BYTES <= 227 * 1024, "what sm_90 has");
 };
 
@@ -1664,51 +1684,86 @@ template <class S> PSA__DEVICE uint32_t psa__empty(uint32_t t, int is_v)
 }
 template <class S> PSA__DEVICE uint32_t psa__parity(uint32_t t) { return t / S::STAGES & 1; }
 
-/* Begins query tile x, for one role; returns the tiles of its stream. */
-template <class S> PSA__DEVICE int psa__begin(const psa__job &job, int x, int first, int id, int threads)
+/* The threads that bring rows in begin their n-th query tile, which is tile x of thread 0, and tell the others. */
+template <class S> PSA__DEVICE void psa__tell(const psa__hopper_job &job, int x, uint32_t n)
 {
-    int r = (int)threadIdx.x - first;
-    psa__attend_block w = psa__attend_block_of(job, S::BM, x);
-    psa__group_sync(id, threads); /* all are done with the one before */
+    using H = psa__hopper_shape<S>;
+    int r = (int)threadIdx.x - S::THREADS;
+    psa__bar_wait(H::AT_HEARD, (n & 1) ^ 1); /* of the one before */
+    if (r == 0) psa__sts(H::AT_DRAWN, x);
+    psa__group_sync(PSA__PRODUCE, PSA__PRODUCERS);
+    x = psa__lds<int>(H::AT_DRAWN);
+    psa__attend_block w = {};
+    w.n = -1;
+    if (x < job.tiles) w = psa__attend_block_of(job, S::BM, x);
     if (r == 0) psa__sts(psa__at_block<S>(), w);
-    if (first > 0 && r < PSA_MAX_LEVELS) {
+    if (r < PSA_MAX_LEVELS && x < job.tiles) {
         psa__sts(S::AT_COUNT + (uint32_t)r * 4, (int)job.count[(int64_t)w.task * PSA_MAX_LEVELS + r]);
     }
-    psa__group_sync(id, threads);
-    return w.rows <= 0 ? 0 : (w.n + S::BN - 1) / S::BN;
+    psa__bar_arrive(H::AT_TOLD);
+    psa__bar_wait(H::AT_TOLD, n & 1);
 }
 
-/* Row r of the tile and those of the other lanes to tile t of K or V. */
-template <class S> PSA__DEVICE void psa__boxes(const psa__hopper_job &job, uint32_t row, int r, uint32_t t, int is_v)
+/* Those that multiply take it over. */
+template <class S> PSA__DEVICE void psa__hear(uint32_t n)
+{
+    using H = psa__hopper_shape<S>;
+    psa__bar_wait(H::AT_TOLD, n & 1);
+    psa__group_sync(PSA__CONSUME, S::THREADS); /* all are done with the one before */
+    if (threadIdx.x == 0) psa__sts(S::AT_BLOCK, psa__lds<psa__attend_block>(S::AT_BLOCK + sizeof(psa__attend_block)));
+    psa__bar_arrive(H::AT_HEARD);
+    psa__group_sync(PSA__CONSUME, S::THREADS);
+}
+
+/* Tiles of the stream, the same for all; -1 after the last query tile. */
+template <class S> PSA__DEVICE int psa__stream_tiles()
 {
     psa__attend_block w = psa__here<S>();
-    int lane = r % 32, at = (int)(row & ~PSA__POOLED);
-    uint32_t first = psa__shuffle(row, lane & ~7), to = psa__stage<S>(t, is_v), bar = psa__full<S>(t, is_v);
-    uint32_t together = psa__ballot(row == first + (uint32_t)(lane & 7) || (row == PSA__NONE && first == PSA__NONE));
-    bool eight = (together >> (lane & 24) & 0xff) == 0xff, pooled = row != PSA__NONE && row >= PSA__POOLED;
-    const psa__map &map = job.map[is_v][pooled][eight];
-    if (row == PSA__NONE) at = job.Nk;
+    return w.n < 0 ? -1 : w.rows <= 0 ? 0 : (w.n + S::BN - 1) / S::BN;
+}
+
+/* Lanes whose row comes after that of the lane before, or does not exist as that one. */
+PSA__DEVICE uint32_t psa__follow(uint32_t row)
+{
+    uint32_t before = psa__shuffle(row, (int)threadIdx.x % 32 - 1);
+    return psa__ballot(row == PSA__NONE ? before == PSA__NONE : before != PSA__NONE && row == before + 1);
+}
+
+/* Row r of the tile and those of the other lanes to tile t of K or V. A box of 8 rows has all columns, others 64. */
+template <class S>
+PSA__DEVICE void psa__boxes(const psa__hopper_job &job, uint32_t row, uint32_t follow, int r, uint32_t t, int is_v)
+{
+    psa__attend_block w = psa__here<S>();
+    int rows = (follow >> (r & 24) & 0xfe) == 0xfe ? 8 : (follow >> (r & 28) & 0xe) == 0xe ? 4 : 1;
+    int at = row == PSA__NONE ? job.Nk : (int)(row & ~PSA__POOLED), pooled = row != PSA__NONE && row >= PSA__POOLED;
+    const psa__map &map = job.map[is_v][pooled][rows / 4];
+    uint32_t to = psa__stage<S>(t, is_v) + (uint32_t)((r >> 3) * S::DP * 16 + (r & 7) * 128);
+    uint32_t bar = psa__full<S>(t, is_v);
     psa__bar_expect(bar, 32 * S::DP * 2);
-    if (eight && lane % 8 == 0) psa__box(to + psa__at<S::DP>(r, 0), map, at, 0, w.hkv, w.b, bar);
-    for (int half = 0; !eight && half < S::DP / 64; half++) {
-        uint32_t begin = (uint32_t)((r >> 3) * S::DP * 16 + half * 1024 + (r & 7) * 128);
-        psa__box(to + begin, map, at, half, w.hkv, w.b, bar);
+    if (r % rows != 0) return;
+    for (int half = 0; half < (rows == 8 ? 1 : S::DP / 64); half++) {
+        psa__box(to + (uint32_t)half * 1024, map, at, half, w.hkv, w.b, bar);
     }
 }
 
 template <class S> PSA__DEVICE void psa__produce(const psa__hopper_job &job)
 {
-    int r = (int)threadIdx.x - S::THREADS;
+    int r = (int)threadIdx.x - S::THREADS, x = (int)blockIdx.x;
     uint32_t t = 0;
-    for (int x = (int)blockIdx.x; x < job.tiles; x += (int)gridDim.x) {
-        int tiles = psa__begin<S>(job, x, S::THREADS, PSA__PRODUCE, PSA__PRODUCERS);
+    for (uint32_t n = 0;; n++) {
+        psa__tell<S>(job, x, n);
+        int tiles = psa__stream_tiles<S>();
+        if (tiles < 0) return;
+        if (r == 0) x = (int)(gridDim.x + psa__draw(job.ticket));
+        psa__pending next = psa__find_row<S>(job, r);
         for (int i = 0; i < tiles; i++, t++) {
-            psa__pending next = psa__find_row<S>(job, i * S::BN + r);
+            psa__pending found = next;
+            next = psa__find_row<S>(job, (i + 1) * S::BN + r);
             psa__bar_wait(psa__empty<S>(t, 0), psa__parity<S>(t) ^ 1);
-            uint32_t row = psa__publish_row<S>(job, next, (int)(t % S::RING), r);
-            psa__boxes<S>(job, row, r, t, 0);
+            uint32_t row = psa__publish_row<S>(job, found, (int)(t % S::RING), r), follow = psa__follow(row);
+            psa__boxes<S>(job, row, follow, r, t, 0);
             psa__bar_wait(psa__empty<S>(t, 1), psa__parity<S>(t) ^ 1);
-            psa__boxes<S>(job, row, r, t, 1);
+            psa__boxes<S>(job, row, follow, r, t, 1);
         }
     }
 }
@@ -1768,8 +1823,8 @@ PSA__DEVICE bool psa__tile_weights(const psa__job &job, uint32_t t, psa__state<S
 {
     float scale, bias;
     psa__bar_arrive(psa__empty<S>(t, 0));
-    bool plain = psa__biases<S>(job, (int)(t % S::RING), x.s, &scale, &bias);
-    x.guarded = psa__ballot(!plain && job.causal) != 0; /* the compiler knows that lanes agree on a ballot */
+    bool straddles = psa__biases<S>(job, (int)(t % S::RING), x.s, &scale, &bias);
+    x.guarded = psa__ballot(straddles) != 0; /* the compiler knows that lanes agree on a ballot */
     bool grew = psa__maxima<S>(scale, bias, x.s, x.m, x.l, shrink);
     psa__weights<S>(scale, bias, x.s, x.m, x.l);
     return grew;
@@ -1811,8 +1866,10 @@ template <class T, class S> PSA__DEVICE void psa__consume(const psa__hopper_job 
     uint32_t t = 0;
     float shrink[2];
     if ((int)threadIdx.x >= 128) psa__give_turn(PSA__TURN, S::THREADS);
-    for (int query_tile = (int)blockIdx.x; query_tile < job.tiles; query_tile += (int)gridDim.x) {
-        int tiles = psa__begin<S>(job, query_tile, 0, PSA__CONSUME, S::THREADS);
+    for (uint32_t n = 0;; n++) {
+        psa__hear<S>(n);
+        int tiles = psa__stream_tiles<S>();
+        if (tiles < 0) return;
         psa__state<S> x = {{}, {}, {PSA__LOWEST, PSA__LOWEST}, {}, {}, false};
         psa__load_queries<T, S>(job);
         psa__fence_async();
@@ -1850,6 +1907,8 @@ __global__ void __launch_bounds__(S::THREADS + PSA__PRODUCERS, 1)
             psa__bar_init(psa__hopper_shape<S>::AT_FULL + i * 8, PSA__PRODUCERS / 32);
             psa__bar_init(psa__hopper_shape<S>::AT_EMPTY + i * 8, S::THREADS / 32);
         }
+        psa__bar_init(psa__hopper_shape<S>::AT_TOLD, PSA__PRODUCERS / 32);
+        psa__bar_init(psa__hopper_shape<S>::AT_HEARD, S::THREADS / 32);
         psa__fence_async();
     }
     psa__barrier();
@@ -1918,6 +1977,7 @@ static __global__ void __launch_bounds__(PSA__THREADS, PSA__CTAS) psa__combine(c
 
 constexpr int PSA__FEW_CTAS = 128; /* with fewer, about the SMs of a GPU, streams are split */
 constexpr int PSA__MAX_SPLITS = 16;
+constexpr int64_t PSA__L2 = 32 << 20; /* of the 40 to 128 MB that data-centre GPUs have */
 constexpr const char *PSA__NO_LAUNCH = "a kernel could not be launched";
 constexpr const char *PSA__TOO_LARGE = "stride * D is too large for scores on this device";
 
@@ -1957,6 +2017,13 @@ static int psa__splits(const psa_plan *p)
     return splits > 1 ? (int)splits : 1;
 }
 
+/* KV heads whose K and V, with means, have PSA__L2 bytes. */
+static int psa__section(const psa_plan *p)
+{
+    int64_t n = PSA__L2 / ((p->Nk + p->pooled_rows) * (p->D + p->Dv) * 2), heads = p->B * p->Hkv;
+    return n < 1 ? 1 : (int)(n < heads ? n : heads);
+}
+
 /* Takes n bytes at the cursor, which moves on to the next multiple of 256. */
 static char *psa__take(char *work, size_t *cursor, int64_t n)
 {
@@ -1988,6 +2055,7 @@ static size_t psa__layout(const psa_plan *p, char *work, psa__job *job)
     job->levels = (uint8_t *)psa__take(work, &at, map);
     job->count = (uint16_t *)psa__take(work, &at, rows * PSA_MAX_LEVELS * 2);
     job->index = (uint16_t *)psa__take(work, &at, map * 2);
+    job->ticket = (uint32_t *)(void *)psa__take(work, &at, 4);
     job->part_bytes = outs * p->Dv;
     job->part = psa_tensor_4d(psa__take(work, &at, splits * outs * p->Dv), PSA_F32, p->Dv, p->Nq, p->Hq, p->B);
     job->part_lse = (float *)psa__take(work, &at, splits * outs);
@@ -2066,24 +2134,31 @@ template <class T> static psa__choice psa__choose_attend(const psa_plan *p)
     return {psa__attend<T, psa__tiles_64>, psa__tiles_64::BYTES};
 }
 
-/* Boxes of a row and of 8 rows of a tensor [B][heads][rows][D]. */
-static bool psa__make_maps(psa__map (&map)[2], const psa_tensor *t)
+/* Boxes of 1, 4 and 8 rows of a tensor [B][heads][rows][D]. */
+static bool psa__make_maps(psa__map (&map)[3], const psa_tensor *t)
 {
     const uint64_t size[5] = {64, (uint64_t)t->ne[1], (uint64_t)t->ne[0] / 64, (uint64_t)t->ne[2], (uint64_t)t->ne[3]};
     const uint64_t stride[4] = {t->nb[1], 128, t->nb[2], t->nb[3]};
-    const uint32_t one[5] = {64, 1, 1, 1, 1}, eight[5] = {64, 8, (uint32_t)t->ne[0] / 64, 1, 1};
-    bool aligned = ((uintptr_t)t->data | t->nb[1] | t->nb[2] | t->nb[3]) % 128 == 0;
-    return aligned && psa__make_map(&map[0], t->data, size, stride, one) &&
-           psa__make_map(&map[1], t->data, size, stride, eight);
+    const uint32_t box[3][5] = {{64, 1, 1, 1, 1}, {64, 4, 1, 1, 1}, {64, 8, (uint32_t)size[2], 1, 1}};
+    bool good = true;
+    for (int i = 0; i < 3; i++) good = good && psa__make_map(&map[i], t->data, size, stride, box[i]);
+    return good;
+}
+
+typedef void (*psa__hopper_kernel)(psa__hopper_job);
+
+template <class T> static psa__hopper_kernel psa__choose_hopper(const psa_plan *p)
+{
+    return p->D == 128 ? psa__attend_hopper<T, psa__hopper_128> : psa__attend_hopper<T, psa__hopper_64>;
 }
 
 /* Whether psa__attend_hopper can do it and is asked to; its job then. */
-static bool psa__hopper_init(psa__hopper_job *h, const psa__job *job)
+static bool psa__hopper_init(psa__hopper_job *h, const psa__job *job, psa__hopper_kernel kernel)
 {
     const psa_plan *p = &job->plan;
     const char *wanted = getenv("PSA_SM90");
     int64_t rows = p->pooled_rows > 0 ? p->pooled_rows : 1; /* dense: nothing is read from there */
-    if (job->capability != 90 || !wanted || strcmp(wanted, "1") != 0) return false;
+    if (job->capability != 90 || !wanted || strcmp(wanted, "1") != 0 || !psa__has_code(kernel)) return false;
     if (p->D != p->Dv || (p->D != 64 && p->D != 128) || p->desc.block_q <= 64 || job->splits > 1) return false;
     static_cast<psa__job &>(*h) = *job;
     h->tiles = (int)psa__map_rows(p) * job->q_tiles;
@@ -2093,13 +2168,13 @@ static bool psa__hopper_init(psa__hopper_job *h, const psa__job *job)
            psa__make_maps(h->map[0][1], &pooled) && psa__make_maps(h->map[1][1], &pooled_v);
 }
 
-template <class T> static psa_result psa__run_hopper(const psa__hopper_job &h, void *stream)
+static psa_result psa__run_hopper(const psa__hopper_job &h, psa__hopper_kernel kernel, void *stream)
 {
-    bool wide = h.D == 128;
     unsigned ctas = (unsigned)(h.tiles < h.sms ? h.tiles : h.sms);
-    size_t shared = wide ? psa__hopper_shape<psa__hopper_128>::BYTES : psa__hopper_shape<psa__hopper_64>::BYTES;
-    cudaError_t e = psa__enqueue(wide ? psa__attend_hopper<T, psa__hopper_128> : psa__attend_hopper<T, psa__hopper_64>,
-                                 ctas, 1, psa__hopper_64::THREADS + PSA__PRODUCERS, shared, stream, h);
+    int threads = psa__hopper_64::THREADS + PSA__PRODUCERS;
+    size_t shared = h.D == 128 ? psa__hopper_shape<psa__hopper_128>::BYTES : psa__hopper_shape<psa__hopper_64>::BYTES;
+    cudaError_t e = cudaMemsetAsync(h.ticket, 0, 4, (cudaStream_t)stream);
+    if (e == cudaSuccess) e = psa__enqueue(kernel, ctas, 1, threads, shared, stream, h);
     return e == cudaSuccess ? PSA_OK : psa__refuse(&h.plan, PSA_ERR_CUDA_LAUNCH, PSA__NO_LAUNCH);
 }
 
@@ -2145,6 +2220,7 @@ static psa_result psa__job_init(psa__job *job, const psa_plan *p, const void *q,
     job->v = job->read_v = psa__with_data(p->v, v);
     job->out = psa__with_data(p->out, out);
     job->q_tiles = psa__q_tiles(p);
+    job->section = psa__section(p);
     job->splits = psa__splits(p);
     psa__job_score(p, job);
     psa__job_mask(&p->desc, job);
@@ -2215,7 +2291,8 @@ extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const
                                       void *out, float *lse, void *stream)
 {
     psa__job job;
-    psa__hopper_job hopper;
+    psa__hopper_job hopper_job;
+    psa__hopper_kernel hopper;
     psa__choice choice;
     psa_result r = psa__job_init(&job, plan, q, k, v, out, work);
     if (r != PSA_OK) return r;
@@ -2223,10 +2300,8 @@ extern "C" psa_result psa_cuda_attend(const psa_plan *plan, const void *q, const
         return psa__refuse(plan, PSA_ERR_NULL, "q, k, v and out must not be NULL, in the plan neither");
     }
     job.lse = lse;
-    if (psa__hopper_init(&hopper, &job)) {
-        if (plan->k.type == PSA_F16) return psa__run_hopper<psa__f16>(hopper, stream);
-        return psa__run_hopper<psa__bf16>(hopper, stream);
-    }
+    hopper = plan->k.type == PSA_F16 ? psa__choose_hopper<psa__f16>(plan) : psa__choose_hopper<psa__bf16>(plan);
+    if (psa__hopper_init(&hopper_job, &job, hopper)) return psa__run_hopper(hopper_job, hopper, stream);
     choice = plan->k.type == PSA_F16 ? psa__choose_attend<psa__f16>(plan) : psa__choose_attend<psa__bf16>(plan);
     r = psa__run(plan, choice.kernel, psa__map_rows(plan) * job.q_tiles, job.splits, choice.shared, stream, job);
     if (r != PSA_OK || job.splits == 1) return r;

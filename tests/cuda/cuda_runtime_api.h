@@ -70,6 +70,12 @@ static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cu
     return cudaSuccess;
 }
 
+static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
+    (void)stream;
+    memset(to, value, size);
+    return cudaSuccess;
+}
+
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) {
     *e = (cudaEvent_t)calloc(1, sizeof **e);
     return *e ? cudaSuccess : cudaErrorMemoryAllocation;

@@ -793,6 +793,8 @@ static inline uint32_t psa__ballot(bool x, PSA__LINE)
     return emu::lane_out()[0];
 }
 
+static inline uint32_t psa__draw(uint32_t *ticket) { return (*ticket)++; }
+
 static inline float psa__exp2(float x)
 {
     emu::m.exps++;
@@ -897,6 +899,8 @@ template <int N> void psa__registers(PSA__LINE)
 }
 template <int N> void psa__more_registers(PSA__LINE) { psa__registers<N>(line); }
 template <int N> void psa__fewer_registers(PSA__LINE) { psa__registers<N>(line); }
+
+template <class J> static bool psa__has_code(void (*)(J)) { return true; }
 
 typedef emu::tensor_map psa__map;
 
