@@ -48,7 +48,7 @@
 /* >>device: everything that only a GPU has. tests/cuda/emu.h has the same functions for the CPU.                    */
 /* ================================================================================================================= */
 
-#define PSA__DEVICE static __device__ __forceinline__
+#define PSA__DEVICE [[maybe_unused]] static __device__ __forceinline__ /* but sm_90a none needs what is Hopper's */
 
 #ifdef PSA_CUDA_EMULATED
 #include "emu.h"
@@ -117,7 +117,8 @@ template <class V> PSA__DEVICE V psa__shuffle_xor(V v, int mask) { return __shfl
 PSA__DEVICE uint32_t psa__ballot(bool x) { return __ballot_sync(~0u, x); }
 PSA__DEVICE uint32_t psa__draw(uint32_t *ticket) { return atomicAdd(ticket, 1u); }
 
-PSA__DEVICE float psa__exp2(float x) /* one MUFU; denormal results are 0 */
+/* One MUFU; denormal results are 0. ex2 of two 16-bit numbers is two MUFUs as well, and less accurate. */
+PSA__DEVICE float psa__exp2(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -133,16 +134,14 @@ PSA__DEVICE uint32_t psa__opaque(uint32_t x)
 
 /* ---- of Hopper; sm_90a alone has it ---- */
 
-#define PSA__HOPPER [[maybe_unused]] PSA__DEVICE
-
 /* The threads of some warps wait for each other. take_turn and give_turn: those that take wait for those that give;
  * for speed alone, nothing depends on it. */
-PSA__HOPPER void psa__group_sync(int id, int threads)
+PSA__DEVICE void psa__group_sync(int id, int threads)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-PSA__HOPPER void psa__take_turn(int id, int threads) { psa__group_sync(id, threads); }
-PSA__HOPPER void psa__give_turn(int id, int threads)
+PSA__DEVICE void psa__take_turn(int id, int threads) { psa__group_sync(id, threads); }
+PSA__DEVICE void psa__give_turn(int id, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -150,24 +149,24 @@ PSA__HOPPER void psa__give_turn(int id, int threads)
 /* Barriers in shared memory, 8 bytes each. A phase ends when all have arrived and all bytes that they expect are there;
  * wait returns when the current phase has the other parity. A warp arrives as one, after all that its lanes read and
  * wrote. */
-PSA__HOPPER void psa__bar_init(uint32_t at, int arrivals)
+PSA__DEVICE void psa__bar_init(uint32_t at, int arrivals)
 {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(psa__address(at)), "r"(arrivals) : "memory");
 }
-PSA__HOPPER void psa__bar_arrive(uint32_t at)
+PSA__DEVICE void psa__bar_arrive(uint32_t at)
 {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(psa__address(at)) : "memory");
 }
-PSA__HOPPER void psa__bar_expect(uint32_t at, uint32_t bytes)
+PSA__DEVICE void psa__bar_expect(uint32_t at, uint32_t bytes)
 {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(psa__address(at)), "r"(bytes)
                  : "memory");
 }
-PSA__HOPPER void psa__bar_wait(uint32_t at, uint32_t parity)
+PSA__DEVICE void psa__bar_wait(uint32_t at, uint32_t parity)
 {
     uint32_t over = 0;
     while (!over) {
@@ -179,14 +178,14 @@ PSA__HOPPER void psa__bar_wait(uint32_t at, uint32_t parity)
 }
 
 /* What this thread wrote to shared memory, barriers too, is there for TMA and wgmma. */
-PSA__HOPPER void psa__fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+PSA__DEVICE void psa__fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /* Registers of a thread of the warpgroup, from now on. */
-template <int N> PSA__HOPPER void psa__more_registers()
+template <int N> PSA__DEVICE void psa__more_registers()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
-template <int N> PSA__HOPPER void psa__fewer_registers()
+template <int N> PSA__DEVICE void psa__fewer_registers()
 {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
@@ -194,7 +193,7 @@ template <int N> PSA__HOPPER void psa__fewer_registers()
 /* A box of a tensor [batch][head][half][row][64 columns], with zeros for what is outside of it, goes to shared memory,
  * swizzled; its bytes are then counted by the barrier. */
 typedef CUtensorMap psa__map;
-PSA__HOPPER void psa__box(uint32_t to, const psa__map &map, int row, int half, int head, int batch, uint32_t bar)
+PSA__DEVICE void psa__box(uint32_t to, const psa__map &map, int row, int half, int head, int batch, uint32_t bar)
 {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
                  "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(psa__address(to)), "l"(&map), "r"(0), "r"(row), "r"(half),
@@ -234,18 +233,18 @@ template <class J> static bool psa__has_code(void (*kernel)(J))
 
 /* An operand of wgmma in shared memory with the 128-byte swizzle. K-major: `stride` bytes from 8 rows to the next 8.
  * MN-major: that for k, and `leading` from 64 columns to the next 64. */
-PSA__HOPPER uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
+PSA__DEVICE uint64_t psa__descriptor(uint32_t at, uint32_t leading, uint32_t stride)
 {
     return (psa__address(at) & 0x3ffff) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
            (uint64_t)1 << 62;
 }
 
 /* The accumulators d and the registers of A belong to wgmma from here to the wait. */
-PSA__HOPPER void psa__wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-PSA__HOPPER void psa__wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+PSA__DEVICE void psa__wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+PSA__DEVICE void psa__wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 /* All but the last N groups are done; d, which one of them made, is not read before. */
-template <int N, int C> PSA__HOPPER void psa__wgmma_wait(float (&d)[C][4])
+template <int N, int C> PSA__DEVICE void psa__wgmma_wait(float (&d)[C][4])
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #pragma unroll
@@ -277,12 +276,12 @@ template <int N, int C> PSA__HOPPER void psa__wgmma_wait(float (&d)[C][4])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 typedef float (&psa__d128)[16][4];
 typedef float (&psa__d64)[8][4];
-PSA__HOPPER void psa__wgmma(psa__bf16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("bf16"); }
-PSA__HOPPER void psa__wgmma(psa__f16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("f16"); }
-PSA__HOPPER void psa__wgmma(psa__bf16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("bf16"); }
-PSA__HOPPER void psa__wgmma(psa__f16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("f16"); }
-PSA__HOPPER void psa__wgmma(psa__bf16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("bf16"); }
-PSA__HOPPER void psa__wgmma(psa__f16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("f16"); }
+PSA__DEVICE void psa__wgmma(psa__bf16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("bf16"); }
+PSA__DEVICE void psa__wgmma(psa__f16, psa__d128 d, uint64_t a, uint64_t b, bool add) { PSA__WGMMA_QK("f16"); }
+PSA__DEVICE void psa__wgmma(psa__bf16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("bf16"); }
+PSA__DEVICE void psa__wgmma(psa__f16, psa__d128 d, psa__a a, uint64_t b) { PSA__WGMMA_PV("f16"); }
+PSA__DEVICE void psa__wgmma(psa__bf16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("bf16"); }
+PSA__DEVICE void psa__wgmma(psa__f16, psa__d64 d, psa__a a, uint64_t b) { PSA__WGMMA_PV64("f16"); }
 
 template <class J>
 static cudaError_t psa__enqueue(void (*kernel)(J), unsigned x, unsigned y, int threads, size_t shared, void *stream,
@@ -308,8 +307,8 @@ constexpr int PSA__WARPS = PSA__THREADS / 32;
 constexpr int PSA__CTAS = 6;                   /* of small kernels on an SM: left to itself ptxas spills to have more */
 constexpr uint32_t PSA__NONE = 0xffffffffu;    /* a stream row that does not exist */
 constexpr uint32_t PSA__POOLED = 0x80000000u;  /* a stream row that is a pooled one; the rest is its number */
-constexpr uint32_t PSA__MIXED = 0xffffffffu;   /* 32 stream rows with more than one bias, ... */
-constexpr uint32_t PSA__STRADDLE = 0xfffffffeu; /* ... some of which some queries do not see */
+constexpr uint32_t PSA__MIXED = 0xffffffffu;   /* in place of a bias: 32 rows have more than one, ... */
+constexpr uint32_t PSA__STRADDLE = 0xfffffffeu; /* ... and some queries do not see some of them */
 constexpr int PSA__NEAR_KEYS = 8192;           /* blocks that mask sorts in shared memory: 64 KB of keys */
 constexpr int PSA__MASK_CTAS = 1024;           /* of mask at most: each sorts more than that in memory of its own */
 constexpr float PSA__LOWEST = -3.402823466e+38f;         /* a finite stand-in for -inf as a running maximum */
@@ -1201,7 +1200,7 @@ template <int BM_, int BN_, int DP_, int STAGES_, int WARPS_ = PSA__WARPS> struc
     static constexpr uint32_t AT_KV = BM * DP * 2;
     static constexpr uint32_t AT_ROWS = AT_KV + STAGES * 2 * KV;          /* u32 [RING][BN] */
     static constexpr uint32_t AT_BIAS = AT_ROWS + RING * BN * 4;          /* f32 [RING][BN] */
-    static constexpr uint32_t AT_KIND = AT_BIAS + RING * BN * 4;          /* u32 [RING][BN/32]: bias of all, or kind */
+    static constexpr uint32_t AT_KIND = AT_BIAS + RING * BN * 4;          /* u32 [RING][BN/32]: bias of 32, or MIXED */
     static constexpr uint32_t AT_COUNT = AT_KIND + RING * (BN / 32) * 4;  /* u32 [levels] of the list */
     static constexpr uint32_t AT_BLOCK = (AT_COUNT + PSA_MAX_LEVELS * 4 + 15) / 16 * 16; /* psa__attend_block */
     static constexpr uint32_t BYTES = AT_BLOCK + COPIES * sizeof(psa__attend_block);

@@ -445,6 +445,26 @@ static void test_attend_split()
     }
 }
 
+/* Two of three KV heads have K and V in the L2 cache together; every tile of queries is somebody's. */
+static void test_attend_sections()
+{
+    shape s;
+    call c;
+    psa_desc desc = {};
+    s.Hq = 6;
+    s.Hkv = 3;
+    s.Nq = 1300; /* enough for streams not to be split */
+    s.Nk = 32000;
+    desc.causal = 1;
+    if (!call_make(&c, s, desc)) return;
+    for (size_t i = 0; i < psa_map_size(&c.plan); i++) c.levels.as<uint8_t>()[i] = rnd_chance(1);
+    cpu_attend(&c, c.levels.as<uint8_t>());
+    OK(psa_cuda_list(&c.plan, c.levels.as<uint8_t>(), c.work.data(), nullptr));
+    OK(psa_cuda_attend(&c.plan, c.q.t.data, c.k.t.data, c.v.t.data, c.work.data(), c.out.t.data, c.lse.as<float>(),
+                       nullptr));
+    compare_out(c);
+}
+
 /* CTAs draw their tiles: again, and with any number of CTAs, gives the same bits. */
 static void test_attend_ctas()
 {
@@ -1034,24 +1054,36 @@ static void test_model()
     }
 }
 
-/* Its times lie between what FlashAttention 2 reaches on an H100 and what the tensor cores give at best. */
+/* Its times lie between what FlashAttention 2 and 3 reach on an H100 and what the tensor cores give at best. What attend
+ * is to reach on an H200 lies within them. The whole call is to be 4 times as fast as dense, and here is not: scores
+ * have to wait for the L2 cache. */
 static void test_model_times()
 {
-    psa_desc desc = {};
-    psa_plan p;
-    const double N = 32768, heads = 40, D = 128;
-    psa_tensor t = psa_tensor_4d(nullptr, PSA_BF16, (int64_t)D, (int64_t)N, (int64_t)heads, 1);
-    OK(psa_plan_init(&p, &desc, &t, &t, &t, &t));
     const model_gpu &h200 = model_gpus[MODEL_GPUS - 2], &wgmma = model_gpus[MODEL_GPUS - 1];
-    const char *what = "";
-    model_cost attend = model_attend(&p, N), pool = model_pool(&p), mask = model_mask(&p);
-    double rate = 4 * N * N * D * heads / model_seconds(&h200, &attend, &what);
-    CHECK(rate > 370e12 && rate < 615e12, "attend: %g TFLOP/s, bound by %s", rate * 1e-12, what);
-    attend = model_attend_on(&wgmma, &p, N);
-    rate = 4 * N * N * D * heads / model_seconds(&wgmma, &attend, &what);
-    CHECK(rate > 648e12 && rate < 990e12, "attend by wgmma: %g TFLOP/s, bound by %s", rate * 1e-12, what);
-    CHECK(model_seconds(&h200, &pool, &what) < 0.5e-3 && !strcmp(what, "DRAM"), "pool is bound by %s", what);
-    CHECK(model_seconds(&h200, &mask, &what) < 0.5e-3, "mask is bound by %s", what);
+    const double N = 32768, heads = 40, density = 0.15;
+    for (int D : {64, 128}) {
+        psa_desc desc = {};
+        psa_plan p;
+        const char *what = "";
+        psa_tensor t = psa_tensor_4d(nullptr, PSA_BF16, D, (int64_t)N, (int64_t)heads, 1);
+        OK(psa_plan_init(&p, &desc, &t, &t, &t, &t));
+        model_cost dense = model_attend_on(&wgmma, &p, N), sparse = model_attend_on(&wgmma, &p, density * N);
+        model_cost attend = model_attend(&p, N), pool = model_pool(&p), mask = model_mask(&p);
+        model_cost score = model_score(&p, wgmma.shared);
+        double work = 4 * N * N * D * heads, rate = work / model_seconds(&h200, &attend, &what);
+        CHECK(rate > 370e12 && rate < 615e12, "attend: %g TFLOP/s, bound by %s", rate * 1e-12, what);
+        double dense_time = model_seconds(&wgmma, &dense, &what);
+        CHECK(work / dense_time > 648e12 && work / dense_time < 990e12, "dense by wgmma: %g ms", dense_time * 1e3);
+        double attend_time = model_seconds(&wgmma, &sparse, &what), target = D == 64 ? 430e12 : 580e12;
+        rate = density * work / attend_time;
+        CHECK(rate > target && rate < 990e12, "attend by wgmma: %g TFLOP/s, bound by %s", rate * 1e-12, what);
+        double call = attend_time + model_seconds(&wgmma, &pool, &what) + model_seconds(&wgmma, &mask, &what) +
+                      model_seconds(&wgmma, &score, &what);
+        printf("  H200, wgmma, D %d, N 32768, density .15: %.0f TFLOP/s at best; the call %.2f x dense\n", D,
+               rate * 1e-12, dense_time / call);
+        CHECK(model_seconds(&h200, &pool, &what) < 0.5e-3 && !strcmp(what, "DRAM"), "pool is bound by %s", what);
+        CHECK(model_seconds(&h200, &mask, &what) < 0.5e-3, "mask is bound by %s", what);
+    }
 }
 
 static void test_deadlock_and_bounds()
@@ -1216,7 +1248,7 @@ template <int FEWER, int MORE> static void registers_kernel(int)
     else psa__more_registers<MORE>();
 }
 
-/* One warpgroup waits for the other at each of n steps, which it thinks are `more` more. */
+/* One warp waits for the other at each of 3 steps, which it thinks are `more` more: as a row that is empty for one. */
 static void trips_kernel(int more)
 {
     if (threadIdx.x == 0) {
@@ -1224,7 +1256,7 @@ static void trips_kernel(int more)
         psa__bar_init(8, 1);
     }
     psa__barrier();
-    for (uint32_t i = 0; i < 3 + (threadIdx.x < 32 ? (uint32_t)more : 0); i++) {
+    for (uint32_t i = 0; i < (uint32_t)(threadIdx.x < 32 ? 3 + more : 3); i++) {
         if (threadIdx.x < 32) psa__bar_wait(0, i & 1);
         else psa__bar_arrive(0);
         if (threadIdx.x < 32) psa__bar_arrive(8);
@@ -1239,6 +1271,8 @@ static void test_registers_and_trips()
     CHECK(!emu::launch(registers_kernel<40, 240>, {1, 1, 1}, 384, 64, 0), "40 and 240 registers are too many");
     CHECK(emu::launch(trips_kernel, {1, 1, 1}, 64, 64, 0), "two warps that agree");
     CHECK(!emu::launch(trips_kernel, {1, 1, 1}, 64, 64, 1), "a warp that waits once more than the other arrives");
+    CHECK(!emu::launch(trips_kernel, {1, 1, 1}, 64, 64, -1), "a warp that the other waits for once more");
+    CHECK(!emu::launch(trips_kernel, {1, 1, 1}, 64, 64, -3), "a warp that thinks there is nothing to do");
 }
 
 int main(int argc, char **argv)
@@ -1252,7 +1286,7 @@ int main(int argc, char **argv)
         {"emulator/registers", test_registers_and_trips},
         {"attend/sizes", test_attend_sizes},                  {"attend/random", test_attend_random},
         {"attend/dense", test_attend_dense},                  {"attend/split", test_attend_split},
-        {"attend/nothing", test_attend_nothing},
+        {"attend/nothing", test_attend_nothing},              {"attend/sections", test_attend_sections},
         {"attend/nan", test_nan_stays_in_its_row},            {"attend/odd-v", test_odd_values_behind_the_diagonal},
         {"score/random", test_score_random},                  {"score/two-passes", test_score_two_passes},
         {"mask/random", test_mask_random},                    {"mask/sizes", test_mask_sizes},
@@ -1264,7 +1298,7 @@ int main(int argc, char **argv)
         {"hopper/call", test_one_call},                       {"hopper/same-bits", test_same_bits_under_every_schedule},
         {"hopper/barriers", test_every_barrier_is_needed},    {"hopper/conflicts", test_no_bank_conflicts},
         {"hopper/counts", test_model},
-        {"hopper/ctas", test_attend_ctas},
+        {"hopper/ctas", test_attend_ctas},                    {"hopper/sections", test_attend_sections},
         {"schedule/same-bits", test_same_bits_under_every_schedule},
         {"schedule/barriers", test_every_barrier_is_needed},  {"schedule/conflicts", test_no_bank_conflicts},
         {"schedule/shared", test_shared_memory},
