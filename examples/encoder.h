@@ -223,6 +223,12 @@ WIDE static void gelu(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + erf_rational(x[i] * 0.70710678f));
 }
 
+/* Hidden units of an MLP that are worked on together: about as many as there are inputs. */
+static int hidden_units(const linear *fc1) {
+    int parts = fc1->out < fc1->in ? 1 : fc1->out / fc1->in;
+    return (fc1->out - 1) / parts + 1;
+}
+
 /* ---- memory ----------------------------------------------------------------------------------------------------- */
 
 static void *planned(encoder *e, size_t count, size_t size) {
@@ -400,19 +406,19 @@ static void qkv_step(const step *s, int64_t first, int n, float *chunk) {
     if (!wide) store_rows(e, qkv, first, n, 3 * C);
 }
 
-/* x [n, C] += fc2(gelu(fc1(norm(x)))), C hidden units at a time: their activations stay near, and with more of them
+/* x [n, C] += fc2(gelu(fc1(norm(x)))), some hidden units at a time: their activations stay near, and with more of them
  * OpenBLAS's product of fc2 is slower too. */
 static void mlp_add(const norm *before, const linear *fc1, const linear *fc2, float *x, int n, float *chunk) {
     int C = fc1->in;
     float *hidden = chunk + (size_t)n * (size_t)C;
     norm_apply(before, x, n, C, chunk);
     add_rows(x, n, fc2->b, C);
-    for (int first = 0, units; first < fc1->out; first += units) {
-        units = C < fc1->out - first ? C : fc1->out - first;
-        set_rows(hidden, n, fc1->b + first, units);
-        multiply_add(chunk, n, C, fc1->w[0] + (size_t)first * (size_t)C, C, units, hidden, units);
+    for (int64_t first = 0, units; first < fc1->out; first += units) {
+        units = min64(hidden_units(fc1), fc1->out - first);
+        set_rows(hidden, n, fc1->b + first, (int)units);
+        multiply_add(chunk, n, C, fc1->w[0] + first * C, C, (int)units, hidden, (int)units);
         gelu(hidden, (size_t)n * (size_t)units);
-        multiply_add(hidden, n, units, fc2->w[0] + first, fc1->out, C, x, C);
+        multiply_add(hidden, n, (int)units, fc2->w[0] + first, fc1->out, C, x, C);
     }
 }
 
@@ -637,8 +643,9 @@ static void encoder_plan(encoder *e, const model *m, crew *c, psa_type type, int
     e->x = planned(e, row, sizeof *e->x);
     e->qkv = planned(e, row, 3 * psa_type_size(type));
     e->mix = planned(e, row, sizeof *e->mix);
-    size_t widest = max_size((size_t)m->C * (type == PSA_F32 ? 2 : 4), (size_t)m->embed.in);
-    e->chunk_floats = (size_t)min64(CHUNK_ROWS, (e->n - 1) / c->n_threads + 1) * widest;
+    int64_t hidden = max64(hidden_units(&m->blocks->fc1), m->is_vjepa2 ? hidden_units(&m->cross.fc1) : 0);
+    int64_t widest = max64(m->C + max64(hidden, type == PSA_F32 ? 0 : 3 * m->C), m->embed.in);
+    e->chunk_floats = (size_t)min64(CHUNK_ROWS, (e->n - 1) / c->n_threads + 1) * (size_t)widest;
     e->chunks = planned(e, (size_t)c->n_threads * e->chunk_floats, sizeof *e->chunks);
     e->widened = planned(e, widened_most(m), sizeof *e->widened);
     e->gilbert = planned(e, (size_t)e->n, sizeof *e->gilbert);
