@@ -684,6 +684,7 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__TILE_K 64                  /* keys in an attention tile */
 #define PSA__AXES 16                    /* coordinates that a tree has of its tokens */
 #define PSA__TREE_SAMPLE 256            /* tokens that say which ones */
+#define PSA__TREE_NODE 128              /* tokens that say how a node is split */
 #define PSA__FEW_PLACES 64              /* so many are compared each with each */
 #define PSA__PRICES 8192                /* steps of a price: 128 for each power of two from 2^-48 to 2^16 */
 #define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
@@ -923,13 +924,16 @@ typedef struct psa__leaves {
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
     /* Trees. s[i] = row i . row i, for row pointers as in a tile. Points have PSA__AXES coordinates: u = the principal
-     * direction of n of them after so many power steps from the last less the first (n: a multiple of 16, if there are
-     * steps); s[i] = u . point i; below[i] = whether s[i] is among the k smallest of n, ties by index. There are points
-     * and there is s up to a multiple of 16. */
+     * direction of n of them (at most PSA__TREE_NODE) after so many power steps from the last less the first; rank[i] =
+     * how many of n (at most PSA__AXES) are before point i along theirs, ties by index; s[i] = u . point i, and there
+     * are points and there is s up to a multiple of 16. */
     void (*squares)(const float *const *rows, int64_t n, int64_t d, float *s);
-    void (*principal)(const float *points, int64_t n, int steps, float *u);
+    void (*principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u); /* NULL: the first */
+    void (*rank)(const float *points, int64_t n, int steps, uint8_t *rank);
     void (*along)(const float *u, const float *points, int64_t n, float *s);
-    void (*smallest)(const float *s, int64_t n, int64_t k, uint8_t *below);
+    /* Brings those of n points and indices before the others whose s are the k smallest, ties by index. s is
+     * overwritten; move: scratch of n + 16. */
+    void (*part)(float *s, int64_t n, int64_t k, int32_t *move, float *points, int32_t *index);
 
     /* qt = scale * rows^T with rows[nv * lanes][d]; rows = ot^T with lane i scaled by scale[i] */
     void (*pack)(int nv, float *qt, const float *rows, int64_t d, float scale);
@@ -1227,6 +1231,15 @@ PSA__ALWAYS_INLINE PSA__TARGET float PSA__(total)(__m512 x)
 PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(tally)(__m512 n, __m512 a, __m512 b)
 {
     return _mm512_mask_add_ps(n, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), n, _mm512_set1_ps(1.0f));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(pick)(__m512 x, float limit, int below, int64_t first, int32_t *to)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const unsigned mask = _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_LT_OQ) ^ (below ? 0 : 0xffffu);
+    const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32((int)first));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16)mask, index));
+    return _mm_popcnt_u32(mask);
 }
 
 /* x in lanes >= first, other below */
@@ -1968,50 +1981,120 @@ static PSA__TARGET void PSA__(along)(const float *u, const float *points, int64_
     for (int64_t i = 0; i < n; i += PSA__W) PSA__(store)(s + i, PSA__(dots)(direction, points + i * PSA__AXES));
 }
 
-/* to = sum over n points y of (u . y) y, or of y if u is NULL; returns the sum of u . y. */
-PSA__ALWAYS_INLINE PSA__TARGET float PSA__(weighted)(const float *points, int64_t n, const PSA__V *u, PSA__V *to)
-{
-    enum { W = PSA__W, VECTORS = PSA__AXES / W, SUMS = VECTORS > 4 ? VECTORS : 4 };
-    PSA__V sum[SUMS], places = PSA__(splat)(0.0f);
-    PSA__UNROLL for (int i = 0; i < SUMS; i++) sum[i] = places;
-    for (int64_t i = 0; i < n; i += W, points += W * PSA__AXES) {
-        const PSA__V place = u ? PSA__(dots)(u, points) : PSA__(splat)(1.0f);
-        float lane[W];
-        places = PSA__(add)(places, place);
-        PSA__(store)(lane, place);
-        PSA__UNROLL for (int x = 0; x < W * VECTORS; x++) {
-            const PSA__V y = PSA__(load)(points + x * W);
-            sum[x % SUMS] = PSA__(fma)(y, PSA__(splat)(lane[x / VECTORS]), sum[x % SUMS]);
-        }
-    }
-    PSA__UNROLL for (int i = VECTORS; i < SUMS; i++) sum[i % VECTORS] = PSA__(add)(sum[i % VECTORS], sum[i]);
-    PSA__UNROLL for (int c = 0; c < VECTORS; c++) to[c] = sum[c];
-    return PSA__(total)(places);
-}
-
-static PSA__TARGET void PSA__(principal)(const float *points, int64_t n, int steps, float *u)
+/* sum += `rows` points */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(add_points)(int rows, const float *points, const int32_t *which, int64_t i,
+                                                      PSA__V *sum)
 {
     enum { VECTORS = PSA__AXES / PSA__W };
-    PSA__V direction[VECTORS], all[VECTORS];
-    PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-        PSA__V last = PSA__(load)(points + (n - 1) * PSA__AXES + c * PSA__W);
-        direction[c] = PSA__(sub)(last, PSA__(load)(points + c * PSA__W));
+    PSA__UNROLL for (int x = 0; x < rows * VECTORS; x++) {
+        const int64_t at = which ? which[i + x / VECTORS] : i + x / VECTORS;
+        sum[x] = PSA__(add)(sum[x], PSA__(load)(points + at * PSA__AXES + x % VECTORS * PSA__W));
     }
-    if (steps > 0) PSA__(weighted)(points, n, NULL, all);
-    for (int step = 0; step < steps; step++) { /* direction <- sum of (place - mean place) * point */
-        PSA__V next[VECTORS], square = PSA__(splat)(0.0f);
-        float mean = PSA__(weighted)(points, n, direction, next) / (float)n, norm;
+}
+
+/* to = n points, of those the ones in `which` or, if that is NULL, the first, less their mean */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(centre)(const float *points, const int32_t *which, int64_t n, float *to)
+{
+    enum { VECTORS = PSA__AXES / PSA__W };
+    PSA__V sum[4 * VECTORS];
+    int64_t i = 0;
+    PSA__UNROLL for (int x = 0; x < 4 * VECTORS; x++) sum[x] = PSA__(splat)(0.0f);
+    for (; i + 4 <= n; i += 4) PSA__(add_points)(4, points, which, i, sum);
+    for (; i < n; i++) PSA__(add_points)(1, points, which, i, sum);
+    PSA__UNROLL for (int x = VECTORS; x < 4 * VECTORS; x++) {
+        sum[x % VECTORS] = PSA__(add)(sum[x % VECTORS], sum[x]);
+    }
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) sum[c] = PSA__(mul)(sum[c], PSA__(splat)(1.0f / (float)n));
+    for (i = 0; i < n; i++) {
+        const float *point = points + (which ? which[i] : i) * PSA__AXES;
         PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-            direction[c] = PSA__(fma)(all[c], PSA__(splat)(-mean), next[c]);
-            square = PSA__(fma)(direction[c], direction[c], square);
-        }
-        norm = PSA__(total)(square);
-        norm = norm > 0 && psa__finite(norm) ? 1.0f / sqrtf(norm) : 0.0f;
-        PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-            direction[c] = norm > 0 ? PSA__(mul)(direction[c], PSA__(splat)(norm)) : PSA__(splat)(0.0f);
+            PSA__(store)(to + i * PSA__AXES + c * PSA__W, PSA__(sub)(PSA__(load)(point + c * PSA__W), sum[c]));
         }
     }
-    PSA__UNROLL for (int c = 0; c < VECTORS; c++) PSA__(store)(u + c * PSA__W, direction[c]);
+}
+
+/* matrix = the sum over n rows y of y y^T; PSA__AXES is the rows' length */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(products)(const float *rows, int64_t n, float *matrix)
+{
+    enum { W = PSA__W, VECTORS = PSA__AXES / W, TILE = W == 16 ? 16 : W == 1 ? 1 : 4 };
+    for (int first = 0; first < PSA__AXES; first += TILE) {
+        PSA__V sum[TILE * VECTORS];
+        PSA__UNROLL for (int x = 0; x < TILE * VECTORS; x++) sum[x] = PSA__(splat)(0.0f);
+        for (int64_t i = 0; i < n; i++) {
+            const float *y = rows + i * PSA__AXES;
+            PSA__UNROLL for (int x = 0; x < TILE * VECTORS; x++) {
+                const PSA__V row = PSA__(load)(y + x % VECTORS * W);
+                sum[x] = PSA__(fma)(row, PSA__(splat)(y[first + x / VECTORS]), sum[x]);
+            }
+        }
+        PSA__UNROLL for (int x = 0; x < TILE * VECTORS; x++) {
+            PSA__(store)(matrix + first * PSA__AXES + x * W, sum[x]);
+        }
+    }
+}
+
+/* x = (matrix / its trace, which no eigenvalue exceeds)^steps x, or 0 if that is not finite; returns its square. matrix:
+ * symmetric, PSA__AXES rows. */
+PSA__ALWAYS_INLINE PSA__TARGET float PSA__(power)(const float *matrix, int steps, float *x)
+{
+    enum { W = PSA__W, VECTORS = PSA__AXES / W, SUMS = VECTORS > 4 ? VECTORS : 4 };
+    float trace[4] = {0, 0, 0, 0}, unit, square;
+    for (int i = 0; i < PSA__AXES; i++) trace[i % 4] += matrix[i * (PSA__AXES + 1)];
+    unit = 1.0f / (trace[0] + trace[1] + (trace[2] + trace[3]));
+    for (int step = 0; step < steps; step++) {
+        PSA__V sum[SUMS];
+        PSA__UNROLL for (int i = 0; i < SUMS; i++) sum[i] = PSA__(splat)(0.0f);
+        PSA__UNROLL for (int i = 0; i < PSA__AXES; i++) {
+            PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
+                const PSA__V row = PSA__(load)(matrix + i * PSA__AXES + c * W);
+                PSA__V *to = &sum[(i * VECTORS + c) % SUMS];
+                *to = PSA__(fma)(row, PSA__(splat)(x[i]), *to);
+            }
+        }
+        PSA__UNROLL for (int i = VECTORS; i < SUMS; i++) sum[i % VECTORS] = PSA__(add)(sum[i % VECTORS], sum[i]);
+        PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
+            PSA__(store)(x + c * W, PSA__(mul)(sum[c], PSA__(splat)(unit)));
+        }
+    }
+    square = PSA__(dot)(x, x, PSA__AXES);
+    if (psa__finite(square)) return square;
+    memset(x, 0, PSA__AXES * sizeof *x);
+    return 0;
+}
+
+static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u)
+{
+    float rows[PSA__TREE_NODE * PSA__AXES], matrix[PSA__AXES * PSA__AXES], square;
+    PSA__(centre)(points, which, n, rows);
+    PSA__(products)(rows, n, matrix);
+    for (int c = 0; c < PSA__AXES; c++) u[c] = rows[(n - 1) * PSA__AXES + c] - rows[c];
+    square = PSA__(power)(matrix, steps, u);
+    PSA__(scale)(u, square > 0 ? 1.0f / sqrtf(square) : 0.0f, PSA__AXES);
+}
+
+/* Power steps on the products of the points with each other, from the column of the last less that of the first: their
+ * places along the direction that `principal` would find. */
+static PSA__TARGET void PSA__(rank)(const float *points, int64_t n, int steps, uint8_t *rank)
+{
+    enum { N = PSA__AXES };
+    float rows[N * N], across[N * N], matrix[N * N], place[N], less[N];
+    int sum = 0;
+    PSA__(centre)(points, NULL, n, rows);
+    memset(rows + n * N, 0, (size_t)(N * N - n * N) * sizeof *rows);
+    PSA__(pack)(N / PSA__W, across, rows, N, 1.0f);
+    PSA__(products)(across, N, matrix);
+    for (int i = 0; i < N; i++) place[i] = matrix[(n - 1) * N + i] - matrix[i];
+    PSA__(power)(matrix, steps, place);
+    for (int i = 0; i < N; i += PSA__W) {
+        const PSA__V own = PSA__(load)(place + i);
+        PSA__V count = PSA__(splat)(0.0f);
+        for (int64_t j = 0; j < n; j++) count = PSA__(tally)(count, PSA__(splat)(place[j]), own);
+        PSA__(store)(less + i, count);
+    }
+    for (int64_t i = 0; i < n; i++) sum += rank[i] = (uint8_t)less[i];
+    for (int64_t i = 1; sum < n * (n - 1) / 2 && i < n; i++) { /* ties */
+        for (int64_t j = 0; j < i; j++) rank[i] = (uint8_t)(rank[i] + (place[j] == place[i]));
+    }
 }
 
 static PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_t n, float x)
@@ -2031,11 +2114,39 @@ static PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_t n, float x
     return count;
 }
 
-/* Whether each of a few values has fewer than k below it; returns how many have: more than k with ties. */
-PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(smallest_few)(const float *s, int64_t n, int64_t k, uint8_t *below)
+#if PSA__W < 16
+/* To `to`: first + i for every lane i that is below the limit, or not. There is room for all; returns how many. */
+PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(pick)(PSA__V x, float limit, int below, int64_t first, int32_t *to)
 {
-    float rank[PSA__FEW_PLACES + PSA__W];
-    int64_t count = 0;
+    float lane[PSA__W];
+    int64_t n = 0;
+    PSA__(store)(lane, x);
+    for (int i = 0; i < PSA__W; i++) {
+        to[n] = (int32_t)(first + i);
+        n += (lane[i] < limit) == below;
+    }
+    return n;
+}
+#endif
+
+/* The same for all of s[begin] ... s[end-1] */
+PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(pick_all)(const float *s, int64_t begin, int64_t end, float limit,
+                                                       int below, int32_t *to)
+{
+    int64_t n = 0;
+    for (; begin + PSA__W <= end; begin += PSA__W) {
+        n += PSA__(pick)(PSA__(load)(s + begin), limit, below, begin, to + n);
+    }
+    for (; begin < end; begin++) {
+        to[n] = (int32_t)begin;
+        n += (s[begin] < limit) == below;
+    }
+    return n;
+}
+
+/* rank[i] = how many of a few values are below the i-th; whether exactly k have fewer than k: not with ties there */
+PSA__ALWAYS_INLINE PSA__TARGET int PSA__(rank_few)(const float *s, int64_t n, int64_t k, float *rank)
+{
     for (int64_t i = 0; i < n; i += PSA__W) {
         const PSA__V own = PSA__(load)(s + i);
         PSA__V less[4];
@@ -2048,17 +2159,15 @@ PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(smallest_few)(const float *s, int64
         less[0] = PSA__(add)(PSA__(add)(less[0], less[1]), PSA__(add)(less[2], less[3]));
         PSA__(store)(rank + i, less[0]);
     }
-    for (int64_t i = 0; i < n; i++) count += below[i] = rank[i] < (float)k;
-    return count;
+    return PSA__(count_below)(rank, n, (float)k) == k;
 }
 
-/* Many, or some with ties, are bisected for a value with k below it or, with ties, for the one that is k-th. */
-static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, uint8_t *below)
+/* Bisects for a value that k are below. Where ties leave none, s becomes 0 for those that count as below, else 1. */
+static PSA__TARGET float PSA__(bisect)(float *s, int64_t n, int64_t k, int32_t *chosen)
 {
     float low = s[0], high = s[0], lane[PSA__W];
     PSA__V least = PSA__(splat)(s[0]), most = least;
     int64_t count = 0;
-    if (n <= PSA__FEW_PLACES && PSA__(smallest_few)(s, n, k, below) == k) return;
     for (int64_t i = 0; i + PSA__W <= n; i += PSA__W) {
         least = PSA__(min)(PSA__(load)(s + i), least);
         most = PSA__(max)(PSA__(load)(s + i), most);
@@ -2086,10 +2195,33 @@ static PSA__TARGET void PSA__(smallest)(const float *s, int64_t n, int64_t k, ui
             count = there;
         }
     }
-    for (int64_t i = 0; i < n; i++) below[i] = s[i] < low;
+    if (count == k) return low;
+    for (int64_t i = 0; i < n; i++) chosen[i] = s[i] < low;
     for (float tie = low; count < k; tie = tie < high ? high : INFINITY) {
         for (int64_t i = 0; i < n && count < k; i++) {
-            if (!below[i] && !(s[i] > tie)) count += below[i] = 1; /* NaN too: it ends */
+            if (!chosen[i] && !(s[i] > tie)) count += chosen[i] = 1; /* NaN too: it ends */
+        }
+    }
+    for (int64_t i = 0; i < n; i++) s[i] = chosen[i] ? 0.0f : 1.0f;
+    return 0.5f;
+}
+
+static PSA__TARGET void PSA__(part)(float *s, int64_t n, int64_t k, int32_t *move, float *points, int32_t *index)
+{
+    float rank[PSA__FEW_PLACES + PSA__W];
+    const int few = n <= PSA__FEW_PLACES && PSA__(rank_few)(s, n, k, rank);
+    const float limit = few ? (float)k : PSA__(bisect)(s, n, k, move);
+    const int64_t wrong = PSA__(pick_all)(few ? rank : s, 0, k, limit, 0, move);
+    PSA__(pick_all)(few ? rank : s, k, n, limit, 1, move + wrong);
+    for (int64_t i = 0; i < wrong; i++) {
+        const int32_t x = move[i], y = move[wrong + i], kept = index[x];
+        float *px = points + (int64_t)x * PSA__AXES, *py = points + (int64_t)y * PSA__AXES;
+        index[x] = index[y];
+        index[y] = kept;
+        PSA__UNROLL for (int c = 0; c < PSA__AXES; c += PSA__W) {
+            const PSA__V at_x = PSA__(load)(px + c), at_y = PSA__(load)(py + c);
+            PSA__(store)(px + c, at_y);
+            PSA__(store)(py + c, at_x);
         }
     }
 }
@@ -2271,9 +2403,9 @@ static const psa__leaves PSA__(leaves) = {
     "neon",
 #endif
     PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend),
-    PSA__(spread), PSA__(moments), PSA__(squares), PSA__(principal), PSA__(along), PSA__(smallest), PSA__(pack),
-    PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max), PSA__(row_mass),
-    PSA__(block_error), PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
+    PSA__(spread), PSA__(moments), PSA__(squares), PSA__(principal), PSA__(rank), PSA__(along), PSA__(part),
+    PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max),
+    PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -2801,8 +2933,7 @@ typedef struct psa__scratch {
     float *axes[2];      /* [PSA__AXES][D] */
     float *point;        /* [N][PSA__AXES]: a tree's tokens, in its order */
     float *place;        /* [N] along a direction */
-    uint8_t *left;       /* [N] */
-    int32_t *move;       /* [N+1] */
+    int32_t *move;       /* [N] */
 
     float *score;        /* [nk] rows of the score map that are made together */
     uint32_t *rank[2];   /* [nk] blocks in rank order, and sorting space */
@@ -2891,8 +3022,7 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     }
     s.point = (float *)(b + psa__take(&at, tree ? psa__mul(tokens + PSA__PAD_K, PSA__AXES) : 0, f));
     s.place = (float *)(b + psa__take(&at, tree ? tokens + PSA__PAD_K : 0, f));
-    s.left = (uint8_t *)(b + psa__take(&at, tree ? tokens : 0, 1));
-    s.move = (int32_t *)(b + psa__take(&at, tree ? tokens + 1 : 0, sizeof(int32_t)));
+    s.move = (int32_t *)(b + psa__take(&at, tree ? tokens + PSA__PAD_K : 0, sizeof(int32_t)));
     s.score = (float *)(b + psa__take(&at, scored ? psa__mul(nk, (size_t)psa__score_together(p)) : 0, f));
     for (int i = 0; i < 2; i++) {
         s.rank[i] = (uint32_t *)(b + psa__take(&at, scored ? nk : 0, sizeof(uint32_t)));
@@ -3242,50 +3372,36 @@ static int64_t psa__tree_cut(int64_t begin, int64_t end)
     return (end - 1) & -step;
 }
 
-/* Exchanges those of n points that are on the wrong side of the k-th, by w->left. */
-static void psa__tree_part(psa__scratch *w, float *point, int32_t *index, int64_t n, int64_t k)
+/* Sorts n tokens, at most PSA__AXES: their points stay where they are, nobody needs them any more. */
+static void psa__tree_sort(const psa__leaves *f, const float *point, int64_t n, int32_t *index)
 {
-    int64_t wrong = 0, there = 0;
-    for (int64_t i = 0; i < k; i++) { /* no branch to mispredict */
-        w->move[wrong] = (int32_t)i;
-        wrong += !w->left[i];
-    }
-    for (int64_t i = k; i < n; i++) {
-        w->move[wrong + there] = (int32_t)i;
-        there += w->left[i];
-    }
-    for (int64_t i = 0; i < wrong; i++) {
-        int32_t x = w->move[i], y = w->move[wrong + i], token = index[x];
-        float *px = point + (int64_t)x * PSA__AXES, *py = point + (int64_t)y * PSA__AXES, kept[PSA__AXES];
-        memcpy(kept, px, sizeof kept);
-        memcpy(px, py, sizeof kept);
-        memcpy(py, kept, sizeof kept);
-        index[x] = index[y];
-        index[y] = token;
-    }
+    uint8_t rank[PSA__AXES];
+    int32_t was[PSA__AXES];
+    f->rank(point, n, 2, rank);
+    memcpy(was, index, (size_t)n * sizeof *was);
+    for (int64_t i = 0; i < n; i++) index[rank[i]] = was[i];
 }
 
 /* Splits positions begin .. end-1; point and index are those at `begin`. */
 static void psa__tree_split(const psa_plan *p, psa__scratch *w, int64_t begin, int64_t end, float *point,
                             int32_t *index)
 {
-    enum { SMALLEST = 8, SAMPLES = 128 }; /* the order inside 8 makes a difference of 1 % to the error of attention */
-    float u[PSA__AXES], sample[SAMPLES * PSA__AXES];
+    float u[PSA__AXES];
+    int32_t some[PSA__TREE_NODE];
     int64_t n = end - begin, left;
-    if (n <= SMALLEST) return;
+    if (n <= PSA__AXES) {
+        if (n > 1) psa__tree_sort(p->leaves, point, n, index);
+        return;
+    }
     left = psa__tree_cut(begin, end) - begin;
-    if (n <= SAMPLES) {
-        p->leaves->principal(point, n < 16 ? n : n - n % 16, n < 16 ? 0 : 2, u);
+    if (n <= PSA__TREE_NODE) {
+        p->leaves->principal(point, NULL, n, 4, u);
     } else {
-        for (int64_t i = 0; i < SAMPLES; i++) {
-            const float *from = point + psa__tree_sample(i, SAMPLES, n) * PSA__AXES;
-            memcpy(sample + i * PSA__AXES, from, PSA__AXES * sizeof *sample);
-        }
-        p->leaves->principal(sample, SAMPLES, 6, u);
+        for (int64_t i = 0; i < PSA__TREE_NODE; i++) some[i] = (int32_t)psa__tree_sample(i, PSA__TREE_NODE, n);
+        p->leaves->principal(point, some, PSA__TREE_NODE, 6, u);
     }
     p->leaves->along(u, point, n, w->place);
-    p->leaves->smallest(w->place, n, left, w->left);
-    psa__tree_part(w, point, index, n, left);
+    p->leaves->part(w->place, n, left, w->move, point, index);
     psa__tree_split(p, w, begin, begin + left, point, index);
     psa__tree_split(p, w, begin + left, end, point + left * PSA__AXES, index + left);
 }
@@ -3306,26 +3422,37 @@ static void psa__tree_points(const psa_plan *p, psa__scratch *w, const psa_tenso
     }
 }
 
+/* Drops those of n points that are not finite, tokens first, first + 1, ..., to the end of w->move; the others go to
+ * index. Returns how many they are. */
+static int64_t psa__tree_finite(const psa__leaves *f, psa__scratch *w, int64_t first, int64_t n, float *point,
+                                int32_t *index, int64_t *bad)
+{
+    int64_t good = 0;
+    int all = psa__finite(f->dot(point, point, n * PSA__AXES));
+    for (int64_t i = 0; i < n; i++) {
+        const float *from = point + i * PSA__AXES;
+        if (!all && !psa__finite(f->dot(from, from, PSA__AXES))) {
+            w->move[(*bad)++] = (int32_t)(first + i);
+            continue;
+        }
+        if (!all) memmove(point + good * PSA__AXES, from, PSA__AXES * sizeof *point);
+        index[good++] = (int32_t)(first + i);
+    }
+    return good;
+}
+
 /* The order of one head: prefix and suffix stay, tokens that are not finite go behind the others. */
 static void psa__tree_head(const psa_plan *p, psa__scratch *w, const psa_tensor *t, const char *head, int64_t first,
                            int64_t end, int32_t *index)
 {
-    float square[PSA_MAX_BLOCK_K + PSA__PAD_K];
     int64_t good = first, bad = 0;
-    for (int64_t i = 0; i < t->ne[1]; i++) index[i] = (int32_t)i;
+    for (int64_t i = 0; i < first; i++) index[i] = (int32_t)i;
+    for (int64_t i = end; i < t->ne[1]; i++) index[i] = (int32_t)i;
     for (int64_t i = first; i < end; i += PSA_MAX_BLOCK_K) {
         int64_t n = psa__min(PSA_MAX_BLOCK_K, end - i);
         float *point = w->point + (good - first) * PSA__AXES;
         psa__tree_points(p, w, t, head, i, n, point);
-        for (int64_t x = 0; x < n + PSA__PAD_K; x++) w->kp[x] = point + psa__min(x, n - 1) * PSA__AXES;
-        p->leaves->squares(w->kp, n, PSA__AXES, square);
-        for (int64_t x = 0; x < n; x++) {
-            if (point != w->kp[x]) memcpy(point, w->kp[x], PSA__AXES * sizeof *point);
-            index[good] = w->move[bad] = (int32_t)(i + x);
-            point += psa__finite(square[x]) * PSA__AXES;
-            good += psa__finite(square[x]);
-            bad += !psa__finite(square[x]);
-        }
+        good += psa__tree_finite(p->leaves, w, i, n, point, index + good, &bad);
     }
     memcpy(index + good, w->move, (size_t)bad * sizeof *index);
     psa__tree_split(p, w, first, good, w->point, index + first);

@@ -170,9 +170,9 @@ static void check_along(const psa__leaves *f, int round) {
 
 static void leaves_along(void) { every_isa(120, check_along); }
 
-/* One power step: the covariance of n points times u, of length 1. */
-static void power_step(const float *x, int64_t n, double *u) {
-    double mean = 0, next[AXES] = {0}, norm = 0, place[160];
+/* Places along u, less their mean. */
+static void places(const float *x, int64_t n, const double *u, double *place) {
+    double mean = 0;
     for (int64_t i = 0; i < n; i++) {
         place[i] = 0;
         for (int c = 0; c < AXES; c++)
@@ -180,32 +180,79 @@ static void power_step(const float *x, int64_t n, double *u) {
         mean += place[i] / (double)n;
     }
     for (int64_t i = 0; i < n; i++)
+        place[i] -= mean;
+}
+
+/* Power steps from the last point less the first: each is the covariance of n points times u, of length 1. */
+static void power_steps(const float *x, int64_t n, int steps, double *u) {
+    for (int c = 0; c < AXES; c++)
+        u[c] = (double)x[(n - 1) * AXES + c] - (double)x[c];
+    for (int step = 0; step <= steps; step++) {
+        double next[AXES] = {0}, norm = 0, place[160];
+        places(x, n, u, place);
+        for (int64_t i = 0; i < n; i++)
+            for (int c = 0; c < AXES; c++)
+                next[c] += place[i] * (double)x[i * AXES + c];
         for (int c = 0; c < AXES; c++)
-            next[c] += (place[i] - mean) * (double)x[i * AXES + c];
-    for (int c = 0; c < AXES; c++)
-        norm += next[c] * next[c];
-    for (int c = 0; c < AXES; c++)
-        u[c] = norm > 0 ? next[c] / sqrt(norm) : 0;
+            next[c] = step ? next[c] : u[c], norm += next[c] * next[c];
+        for (int c = 0; c < AXES; c++)
+            u[c] = norm > 0 ? next[c] / sqrt(norm) : 0;
+    }
+}
+
+/* Points that are spread out less and less from axis to axis; every eighth time all the same. Returns how far they are
+ * from the origin. */
+static double some_points(int round, float *x, int64_t n) {
+    double mean = 5 * rnd_normal();
+    for (int64_t i = 0; i < n * AXES; i++)
+        x[i] = (float)(round % 8 == 0 ? 3 : mean + rnd_normal() / (double)(1 + i % AXES));
+    return mean;
 }
 
 static void check_principal(const psa__leaves *f, int round) {
-    int steps = rnd_int(0, 3);
-    int64_t n = steps ? 16 * rnd_int(1, 9) : rnd_int(1, 140);
-    float x[160 * AXES], u[AXES];
-    double want[AXES], mean = 5 * rnd_normal();
-    for (int64_t i = 0; i < n * AXES; i++) /* spread out less and less from axis to axis */
-        x[i] = (float)(round % 8 == 0 ? 3 : mean + rnd_normal() / (double)(1 + i % AXES));
-    f->principal(x, n, steps, u);
+    int steps = rnd_int(0, 6), all = rnd_int(1, MOST), chosen = rnd_chance(50);
+    int64_t n = chosen ? rnd_int(1, PSA__TREE_NODE) : rnd_int(1, all < PSA__TREE_NODE ? all : PSA__TREE_NODE);
+    float *x = (float *)xmalloc((size_t)(all * AXES) * sizeof *x), some[PSA__TREE_NODE * AXES], u[AXES];
+    int32_t which[PSA__TREE_NODE];
+    double want[AXES], mean = some_points(round, x, all);
+    for (int64_t i = 0; i < n; i++) {
+        which[i] = (int32_t)(chosen ? rnd_int(0, all - 1) : i);
+        memcpy(some + i * AXES, x + which[i] * AXES, AXES * sizeof *x);
+    }
+    f->principal(x, chosen ? which : NULL, n, steps, u);
+    power_steps(some, n, steps, want);
     for (int c = 0; c < AXES; c++)
-        want[c] = (double)x[(n - 1) * AXES + c] - (double)x[c];
-    for (int step = 0; step < steps; step++)
-        power_step(x, n, want);
-    for (int c = 0; c < AXES; c++) /* a covariance is a small difference where the points are far from the origin */
-        CHECK(fabs((double)u[c] - want[c]) < 4e-5 * (1 + mean * mean), "%s, %d steps, mean %g: axis %d is %g, expected %g",
-              f->name, steps, mean, c, (double)u[c], want[c]);
+        CHECK(fabs((double)u[c] - want[c]) < 4e-5 * (1 + fabs(mean)), "%s, %d steps, mean %g: axis %d is %g, not %g", f->name,
+              steps, mean, c, (double)u[c], want[c]);
+    free(x);
 }
 
 static void leaves_principal(void) { every_isa(200, check_principal); }
+
+/* Along the direction that power steps find; equal points keep their order. */
+static void check_rank(const psa__leaves *f, int round) {
+    int steps = rnd_int(0, 4);
+    int64_t n = round % 2 ? AXES : rnd_int(1, AXES);
+    float x[AXES * AXES];
+    uint8_t rank[AXES];
+    double u[AXES], place[AXES], mean = some_points(round, x, n);
+    for (int64_t i = 1; i < n && round % 3 == 0; i++)
+        if (rnd_chance(40))
+            memcpy(x + i * AXES, x + rnd_int(0, (int)i - 1) * AXES, AXES * sizeof *x);
+    f->rank(x, n, steps, rank);
+    power_steps(x, n, steps, u), places(x, n, u, place);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++) {
+            double apart = place[i] - place[j], close = 1e-4 * (1 + fabs(mean));
+            int same = !memcmp(x + i * AXES, x + j * AXES, AXES * sizeof *x);
+            CHECK(rank[i] < n && rank[i] != rank[j], "%s: ranks %d, %d of %d", f->name, rank[i], rank[j], (int)n);
+            CHECK(fabs(apart) < close ? !same || rank[i] > rank[j] : (rank[i] > rank[j]) == (apart > 0),
+                  "%s, %d steps: point %d, %g further than %d, has rank %d, that one %d", f->name, steps, (int)i, apart,
+                  (int)j, rank[i], rank[j]);
+        }
+}
+
+static void leaves_rank(void) { every_isa(400, check_rank); }
 
 /* Values of the kinds a projection has: spread out, few different ones, all equal, far out, next to each other. */
 static void projections(float *s, int64_t n, int kind) {
@@ -228,39 +275,54 @@ static int64_t smaller(const float *s, int64_t n, int64_t i) {
     return count;
 }
 
-static void check_smallest(const psa__leaves *f, int round) {
-    int64_t n = round % 2 ? rnd_int(2, 40) : rnd_int(2, MOST);
-    int64_t some[4] = {1, n - 1, n / 2, rnd_int(1, (int)n - 1)}, k = some[rnd_int(0, 3)];
-    float s[MOST + PAD];
-    guarded memory = guarded_new((size_t)n, 0);
-    uint8_t *below = (uint8_t *)guarded_data(&memory);
-    projections(s, n, round % 6);
-    f->smallest(s, n, k, below);
-    for (int64_t i = 0; i < n; i++)
-        CHECK(below[i] == (smaller(s, n, i) < k), "%s: %d of %d, kind %d: value %d, %g, is %d", f->name, (int)k, (int)n,
-              round % 6, (int)i, (double)s[i], below[i]);
-    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
-    guarded_free(&memory);
+/* part with points and indices that say where they were */
+static void part(const psa__leaves *f, const float *s, int64_t n, int64_t k, int32_t *index) {
+    float *copy = (float *)xmalloc((size_t)(n + PAD) * sizeof *copy);
+    guarded memory[2] = {guarded_new((size_t)(n * AXES) * sizeof(float), 0), guarded_new((size_t)(n + 16) * 4, 0)};
+    float *points = (float *)guarded_data(&memory[0]);
+    memcpy(copy, s, (size_t)n * sizeof *s);
+    fill(copy + n, PAD, 1);
+    for (int64_t i = 0; i < n * AXES; i++)
+        points[i] = (float)(i / AXES), index[i / AXES] = (int32_t)(i / AXES);
+    f->part(copy, n, k, (int32_t *)guarded_data(&memory[1]), points, index);
+    for (int64_t i = 0; i < n * AXES; i++)
+        CHECK((int32_t)points[i] == index[i / AXES], "%s: point %d is at %d, its index not", f->name, (int)points[i],
+              (int)(i / AXES));
+    CHECK(is_permutation(index, n), "%s: indices are no permutation of %d", f->name, (int)n);
+    for (int i = 0; i < 2; i++) {
+        CHECK(guarded_intact(&memory[i]), "%s: guard bytes were written", f->name);
+        guarded_free(&memory[i]);
+    }
+    free(copy);
 }
 
-static void leaves_smallest(void) { every_isa(1200, check_smallest); }
+static void check_part(const psa__leaves *f, int round) {
+    int64_t n = round % 2 ? rnd_int(2, 40) : rnd_int(2, MOST);
+    int64_t some[4] = {1, n - 1, n / 2, rnd_int(1, (int)n - 1)}, k = some[rnd_int(0, 3)];
+    float s[MOST];
+    int32_t index[MOST];
+    projections(s, n, round % 6);
+    part(f, s, n, k, index);
+    for (int64_t i = 0; i < n; i++)
+        CHECK((smaller(s, n, index[i]) < k) == (i < k), "%s: %d of %d, kind %d: value %d, %g, is at %d", f->name,
+              (int)k, (int)n, round % 6, index[i], (double)s[index[i]], (int)i);
+}
 
-/* Projections of rows that are too long for f32: whatever is chosen, it ends, and it is k of them. */
-static void check_smallest_odd(const psa__leaves *f, int round) {
-    int64_t n = round % 2 ? rnd_int(2, 16) : rnd_int(17, MOST), k = rnd_int(1, (int)n - 1), count = 0;
-    float s[MOST + PAD];
-    uint8_t below[MOST];
+static void leaves_part(void) { every_isa(1200, check_part); }
+
+/* Projections of rows that are too long for f32: whatever is chosen, it ends, and nothing is lost. */
+static void check_part_odd(const psa__leaves *f, int round) {
+    int64_t n = round % 2 ? rnd_int(2, 16) : rnd_int(17, MOST);
+    float s[MOST];
+    int32_t index[MOST];
     fill(s, n, 1);
     for (int64_t i = 0; i < n; i++)
         if (rnd_chance(round % 5 * 25))
             s[i] = rnd_chance(50) ? NAN : rnd_chance(50) ? INFINITY : -INFINITY;
-    f->smallest(s, n, k, below);
-    for (int64_t i = 0; i < n; i++)
-        count += below[i];
-    CHECK(count == k, "%s: %d instead of %d of %d", f->name, (int)count, (int)k, (int)n);
+    part(f, s, n, rnd_int(1, (int)n - 1), index);
 }
 
-static void leaves_smallest_odd(void) { every_isa(300, check_smallest_odd); }
+static void leaves_part_odd(void) { every_isa(300, check_part_odd); }
 
 /* ---- predicted errors ---- */
 
@@ -412,8 +474,9 @@ const test_case tests_leaves[] = {
     {"leaves/squares", leaves_squares},
     {"leaves/along", leaves_along},
     {"leaves/principal", leaves_principal},
-    {"leaves/smallest", leaves_smallest},
-    {"leaves/smallest_odd", leaves_smallest_odd},
+    {"leaves/rank", leaves_rank},
+    {"leaves/part", leaves_part},
+    {"leaves/part_odd", leaves_part_odd},
     {"leaves/block_error", leaves_block_error},
     {"leaves/row_error", leaves_row_error},
     {NULL, NULL},
