@@ -2033,8 +2033,8 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(products)(const float *rows, int64_t n
     }
 }
 
-/* x = (matrix / its trace, which no eigenvalue exceeds)^steps x, or 0 if that is not finite; returns its square. matrix:
- * symmetric, PSA__AXES rows. */
+/* x = (matrix / its trace, which no eigenvalue exceeds)^steps x, or 0 if that is not finite; returns its square.
+ * matrix: symmetric, PSA__AXES rows. */
 PSA__ALWAYS_INLINE PSA__TARGET float PSA__(power)(const float *matrix, int steps, float *x)
 {
     enum { W = PSA__W, VECTORS = PSA__AXES / W, SUMS = VECTORS > 4 ? VECTORS : 4 };
@@ -2062,9 +2062,11 @@ PSA__ALWAYS_INLINE PSA__TARGET float PSA__(power)(const float *matrix, int steps
     return 0;
 }
 
-static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u)
+/* u: of length 1, or 0; rows[n][PSA__AXES]: the points, less their mean */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(direction)(const float *points, const int32_t *which, int64_t n, int steps,
+                                                     float *rows, float *u)
 {
-    float rows[PSA__TREE_NODE * PSA__AXES], matrix[PSA__AXES * PSA__AXES], square;
+    float matrix[PSA__AXES * PSA__AXES], square;
     PSA__(centre)(points, which, n, rows);
     PSA__(products)(rows, n, matrix);
     for (int c = 0; c < PSA__AXES; c++) u[c] = rows[(n - 1) * PSA__AXES + c] - rows[c];
@@ -2072,20 +2074,20 @@ static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *whi
     PSA__(scale)(u, square > 0 ? 1.0f / sqrtf(square) : 0.0f, PSA__AXES);
 }
 
-/* Power steps on the products of the points with each other, from the column of the last less that of the first: their
- * places along the direction that `principal` would find. */
+static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u)
+{
+    float rows[PSA__TREE_NODE * PSA__AXES];
+    PSA__(direction)(points, which, n, steps, rows, u);
+}
+
 static PSA__TARGET void PSA__(rank)(const float *points, int64_t n, int steps, uint8_t *rank)
 {
-    enum { N = PSA__AXES };
-    float rows[N * N], across[N * N], matrix[N * N], place[N], less[N];
+    float u[PSA__AXES], rows[PSA__AXES * PSA__AXES], place[PSA__AXES], less[PSA__AXES];
     int sum = 0;
-    PSA__(centre)(points, NULL, n, rows);
-    memset(rows + n * N, 0, (size_t)(N * N - n * N) * sizeof *rows);
-    PSA__(pack)(N / PSA__W, across, rows, N, 1.0f);
-    PSA__(products)(across, N, matrix);
-    for (int i = 0; i < N; i++) place[i] = matrix[(n - 1) * N + i] - matrix[i];
-    PSA__(power)(matrix, steps, place);
-    for (int i = 0; i < N; i += PSA__W) {
+    PSA__(direction)(points, NULL, n, steps, rows, u);
+    memset(rows + n * PSA__AXES, 0, (size_t)((PSA__AXES - n) * PSA__AXES) * sizeof *rows);
+    PSA__(along)(u, rows, n, place);
+    for (int i = 0; i < PSA__AXES; i += PSA__W) {
         const PSA__V own = PSA__(load)(place + i);
         PSA__V count = PSA__(splat)(0.0f);
         for (int64_t j = 0; j < n; j++) count = PSA__(tally)(count, PSA__(splat)(place[j]), own);

@@ -222,8 +222,8 @@ static void check_principal(const psa__leaves *f, int round) {
     f->principal(x, chosen ? which : NULL, n, steps, u);
     power_steps(some, n, steps, want);
     for (int c = 0; c < AXES; c++)
-        CHECK(fabs((double)u[c] - want[c]) < 4e-5 * (1 + fabs(mean)), "%s, %d steps, mean %g: axis %d is %g, not %g", f->name,
-              steps, mean, c, (double)u[c], want[c]);
+        CHECK(fabs((double)u[c] - want[c]) < 4e-5 * (1 + fabs(mean)), "%s, %d steps, mean %g: axis %d is %g, not %g",
+              f->name, steps, mean, c, (double)u[c], want[c]);
     free(x);
 }
 
