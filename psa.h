@@ -959,17 +959,21 @@ typedef struct psa__leaves {
     /* From bm and bs [n][lanes]: with m a lane's maximum over all j < n, score[j] is the maximum of exp2(bm - m) or the
      * sum of bs * exp2(bm - m) over `each` lanes, with norm divided by the lane's softmax denominator; the next `each`
      * lanes make the next row of scores, n_row further on, up to n_lanes. bs may be NULL for a maximum without norm.
-     * m[lanes], z[lanes]: scratch. each: all lanes, or a power of two below 16. */
+     * m[lanes], z[lanes]: scratch. each: all lanes, or a power of two up to 16. */
     void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm, const float *bs,
                      int use_max, int norm, float *m, float *z, float *score, int64_t n_row);
 
     /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: the squared error of the
      * i-th level after 1, and last of skipping, relative to (exp2(bm) / denominator)^2. */
     void (*block_error)(int nv, const float *s, const psa__errors *e, float *bm, float *bs, float *x);
-    /* error[i][j] = sum over lanes of (z * exp2(bm - m))^2 * x[i] for the n_x planes x[n][lanes] of block_error; rows
-     * of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
-    void (*row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x, int64_t plane, const float *m,
-                      const float *z, float *error, int64_t n_row);
+    /* error[i][j] = sum over `lanes` of the lanes of (z * exp2(bm - m))^2 * x[i] for the n_x planes x[n][stride] of
+     * block_error and bm[n][stride]; rows of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
+    void (*row_error)(int64_t lanes, int64_t stride, int64_t n, int n_x, const float *bm, const float *x, int64_t plane,
+                      const float *m, const float *z, float *error, int64_t n_row);
+    /* error[i][j], i < last, becomes the price from which on a level coarser than the i-th makes error + price * cost
+     * of block j least: the slope of the lower convex hull of (cost, error). error[i] is that of the level after the
+     * i-th; level 1 has none. per_cost[i][k] is 1 / (what level k saves over i). */
+    void (*hull)(float *error, int64_t n_row, int64_t n, int last, float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1]);
 
     /* Denormals off on this thread; the return value brings the caller's mode back. */
     unsigned (*denormals_off)(void);
@@ -2367,13 +2371,14 @@ static PSA__TARGET void PSA__(block_error)(int nv, const float *s, const psa__er
     }
 }
 
-static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, const float *bm, const float *x,
-                                         int64_t plane, const float *m, const float *z, float *error, int64_t n_row)
+static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t stride, int64_t n, int n_x, const float *bm,
+                                         const float *x, int64_t plane, const float *m, const float *z, float *error,
+                                         int64_t n_row)
 {
     float factor[PSA__W * PSA_MAX_BLOCK_Q];
     for (int64_t j = 0; j < n; j += PSA__W) {
         for (int y = 0; y < PSA__W; y++) {
-            const float *top = bm + psa__min(j + y, n - 1) * lanes;
+            const float *top = bm + psa__min(j + y, n - 1) * stride;
             for (int64_t i = 0; i < lanes; i += PSA__W) {
                 PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(top + i), PSA__(load)(m + i)));
                 e = PSA__(mul)(e, PSA__(load)(z + i));
@@ -2383,7 +2388,7 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, cons
         for (int at = 0; at < n_x; at++) {
             PSA__V total[PSA__W];
             for (int y = 0; y < PSA__W; y++) {
-                const float *row = x + at * plane + psa__min(j + y, n - 1) * lanes;
+                const float *row = x + at * plane + psa__min(j + y, n - 1) * stride;
                 total[y] = PSA__(splat)(0.0f);
                 for (int64_t i = 0; i < lanes; i += PSA__W) {
                     total[y] = PSA__(fma)(PSA__(load)(factor + y * lanes + i), PSA__(load)(row + i), total[y]);
@@ -2391,6 +2396,29 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t n, int n_x, cons
             }
             PSA__(store)(error + at * n_row + j, PSA__(sums)(total));
         }
+    }
+}
+
+/* The slope between levels i and i + 1 is the largest of the slopes that rise least from a level up to i to one after. */
+static PSA__TARGET void PSA__(hull)(float *error, int64_t n_row, int64_t n, int last,
+                                    float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1])
+{
+    for (int64_t j = 0; j < n; j += PSA__W, error += PSA__W) {
+        PSA__V at[PSA_MAX_LEVELS + 1], slope[PSA_MAX_LEVELS];
+        at[0] = PSA__(splat)(0.0f);
+        for (int i = 0; i < last; i++) {
+            at[i + 1] = PSA__(load)(error + i * n_row);
+            slope[i] = at[0];
+        }
+        for (int from = 0; from < last; from++) {
+            PSA__V least = PSA__(splat)(INFINITY);
+            for (int to = last; to > from; to--) {
+                PSA__V x = PSA__(mul)(PSA__(sub)(at[to], at[from]), PSA__(splat)(per_cost[from][to]));
+                least = PSA__(min)(x, least);
+                slope[to - 1] = PSA__(max)(least, slope[to - 1]);
+            }
+        }
+        for (int i = 0; i < last; i++) PSA__(store)(error + i * n_row, slope[i]);
     }
 }
 
@@ -2407,7 +2435,8 @@ static const psa__leaves PSA__(leaves) = {
     PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend),
     PSA__(spread), PSA__(moments), PSA__(squares), PSA__(principal), PSA__(rank), PSA__(along), PSA__(part),
     PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max),
-    PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(denormals_off), PSA__(denormals_restore)};
+    PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(hull), PSA__(denormals_off),
+    PSA__(denormals_restore)};
 
 #undef PSA__
 #undef PSA__TARGET
@@ -2887,12 +2916,12 @@ static int psa__processors(void)
 static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
 
 /* Query blocks that are scored together, so that keys are read once for all of them: as many as fill 64 lanes, if each
- * takes a power of two below 32. */
+ * takes a power of two below 32; mask ERROR wants whole vectors. */
 static int64_t psa__score_together(const psa_plan *p)
 {
     int64_t groups = p->desc.block_q / p->desc.score_group[0], lanes = psa__min(psa__pad_lanes(p->desc.block_q), 64);
-    int pooled = p->desc.score == PSA_SCORE_POOLED && p->desc.mask != PSA_MASK_ERROR;
-    return pooled && 16 % groups == 0 ? lanes / groups : 1;
+    if (p->desc.score != PSA_SCORE_POOLED || (p->desc.mask == PSA_MASK_ERROR && groups < 16)) return 1;
+    return 16 % groups == 0 ? lanes / groups : 1;
 }
 
 /* Query vectors that score the query blocks that go together, padded. */
@@ -4037,31 +4066,9 @@ static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((1
 /* The multiply-adds of a level, as a share of those of level 1: the i-th level is 1 << i, the last, `skip`, nothing. */
 static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f / (float)(1 << i); }
 
-/* step[i] = the price from which on a level coarser than the i-th makes error + price * cost least: the lower convex
- * hull of (cost, error). error[i], `stride` apart, is that of the level after the i-th; level 1 has none.
- * per_cost[i][j] is 1 / (what level j saves over i). */
-static void psa__error_steps(const float *error, int64_t stride, int n_levels, int last,
-                             float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1], uint16_t *step)
-{
-    float at_level[PSA_MAX_LEVELS + 1] = {0};
-    int at = 0, price = 0;
-    for (int i = 0; i < last; i++) at_level[i + 1] = error[i * stride];
-    while (at < last) {
-        float least = (at_level[at + 1] - at_level[at]) * per_cost[at][at + 1];
-        int best = at + 1;
-        for (int i = at + 2; i <= last; i++) {
-            float slope = (at_level[i] - at_level[at]) * per_cost[at][i];
-            if (slope <= least) least = slope, best = i;
-        }
-        price = (int)psa__max(price, psa__price(least));
-        for (; at < best; at++) step[at] = (uint16_t)price;
-    }
-    for (; at < n_levels; at++) step[at] = PSA__PRICES; /* never */
-}
-
-/* From what block_error left of a row: the steps of its n blocks. The one that is dearest to skip is never skipped, so
- * that no row is empty: it stays at the level that saves most for what it costs. */
-static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
+/* From what block_error left of some lanes of a row: the steps of its n blocks. The one that is dearest to skip is never
+ * skipped, so that no row is empty: it stays at the level that saves most for what it costs. */
+static void psa__row_steps(const psa_plan *p, int64_t lane, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
                            uint16_t *steps)
 {
     float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1];
@@ -4074,10 +4081,14 @@ static void psa__row_steps(const psa_plan *p, int64_t lanes, int64_t padded, int
             per_cost[i][j] = 1.0f / (saved * (float)lanes);
         }
     }
-    p->leaves->row_error(padded, n, levels, w->bm, w->x, p->nk * padded, w->m, w->l, w->error, stride);
+    p->leaves->row_error(psa__min(psa__pad_lanes(lanes), padded - lane), padded, n, levels, w->bm + lane, w->x + lane,
+                         p->nk * padded, w->m + lane, w->l + lane, w->error, stride);
+    p->leaves->hull(w->error, stride, n, last, per_cost);
     for (int64_t jk = 0; jk < n; jk++) {
-        psa__error_steps(w->error + jk, stride, levels, last, per_cost, steps + jk * levels);
-        if (steps[jk * levels + levels - 1] > steps[dearest * levels + levels - 1]) dearest = jk;
+        uint16_t *step = steps + jk * levels;
+        for (int i = 0; i < last; i++) step[i] = (uint16_t)psa__price(w->error[i * stride + jk]);
+        for (int i = last; i < levels; i++) step[i] = PSA__PRICES; /* never */
+        if (step[levels - 1] > steps[dearest * levels + levels - 1]) dearest = jk;
     }
     kept = steps + dearest * levels;
     price = kept[levels - 1];
@@ -4108,8 +4119,12 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     p->leaves->row_mass(padded, lanes, together > 1 ? desc->block_q / desc->score_group[0] : padded, n, w->bm,
                         sums ? w->bs : NULL, use_max, norm, w->m, w->l, row, p->nk);
     if (desc->mask == PSA_MASK_ERROR) {
-        int64_t at = ((b * p->Hq + h) * p->nq + iq) * p->nk;
-        psa__row_steps(p, lanes, padded, n, w, (uint16_t *)(void *)(base + p->at_steps) + at * p->n_levels);
+        uint16_t *steps = (uint16_t *)(void *)(base + p->at_steps) +
+                          ((b * p->Hq + h) * p->nq + iq) * p->nk * p->n_levels;
+        int64_t each = m > 1 ? 16 : lanes;
+        for (int64_t x = 0; x < m; x++, steps += p->nk * p->n_levels) {
+            psa__row_steps(p, x * each, psa__min(each, lanes - x * each), padded, n, w, steps);
+        }
     }
     for (int64_t jk = 0; sample && !use_max && jk < n; jk++) row[jk] /= (float)psa__max(w->rank[0][jk], 1);
     for (int64_t x = 0; x < m; x++, row += p->nk) {

@@ -437,26 +437,27 @@ static void leaves_block_error(void) { every_isa(200, check_block_error); }
 
 static void check_row_error(const psa__leaves *f, int round) {
     int64_t lanes = 16 * rnd_int(1, round % 4 ? 2 : PSA_MAX_BLOCK_Q / 16), n = rnd_int(1, 40), n_row = n + 16;
+    int64_t first = 16 * rnd_int(0, 2), all = first + lanes + 16 * rnd_int(0, 2);
     int n_x = rnd_int(1, 8);
-    float *bm = (float *)xmalloc((size_t)(n * lanes) * sizeof *bm), m[PSA_MAX_BLOCK_Q], z[PSA_MAX_BLOCK_Q];
-    float *x = (float *)xmalloc((size_t)(n_x * n * lanes) * sizeof *x);
+    float *bm = (float *)xmalloc((size_t)(n * all) * sizeof *bm), m[PSA_MAX_BLOCK_Q], z[PSA_MAX_BLOCK_Q];
+    float *x = (float *)xmalloc((size_t)(n_x * n * all) * sizeof *x);
     guarded memory = guarded_new((size_t)(n_x * n_row) * sizeof(float), 0);
     float *error = (float *)guarded_data(&memory);
-    fill(bm, n * lanes, 4), fill(x, n_x * n * lanes, 1);
-    for (int64_t i = 0; i < n_x * n * lanes; i++)
+    fill(bm, n * all, 4), fill(x, n_x * n * all, 1);
+    for (int64_t i = 0; i < n_x * n * all; i++)
         x[i] = fabsf(x[i]);
     for (int64_t i = 0; i < lanes; i++) {
         m[i] = (float)(5 + rnd_uniform()), z[i] = i >= lanes - 9 ? 0 : (float)rnd_uniform();
         for (int64_t j = 0; j < n; j++) /* no block is above the maximum of its lane */
-            bm[j * lanes + i] = fminf(bm[j * lanes + i], m[i]);
+            bm[j * all + first + i] = fminf(bm[j * all + first + i], m[i]);
     }
-    f->row_error(lanes, n, n_x, bm, x, n * lanes, m, z, error, n_row);
+    f->row_error(lanes, all, n, n_x, bm + first, x + first, n * all, m, z, error, n_row);
     for (int at = 0; at < n_x; at++)
         for (int64_t j = 0; j < n; j++) {
             double want = 0;
             for (int64_t i = 0; i < lanes; i++) {
-                double e = (double)z[i] * exp2((double)bm[j * lanes + i] - (double)m[i]);
-                want += e * e * (double)x[(at * n + j) * lanes + i];
+                double e = (double)z[i] * exp2((double)bm[j * all + first + i] - (double)m[i]);
+                want += e * e * (double)x[(at * n + j) * all + first + i];
             }
             check_exp(f, "row_error", (double)error[at * n_row + j], want, want, 2);
         }
@@ -466,6 +467,52 @@ static void check_row_error(const psa__leaves *f, int round) {
 }
 
 static void leaves_row_error(void) { every_isa(100, check_row_error); }
+
+/* The price at which the cheapest choice passes from the first i + 1 levels to the others: bisected. */
+static double price_after(const double *error, int i, int last) {
+    double low = -1e3, high = 1e9;
+    for (int step = 0; step < 100; step++) {
+        double price = (low + high) / 2, least[2] = {1e300, 1e300};
+        for (int level = 0; level <= last; level++) {
+            double total = error[level] + price * (double)psa__level_cost(level, last);
+            least[level > i] = fmin(least[level > i], total);
+        }
+        if (least[0] < least[1])
+            low = price;
+        else
+            high = price;
+    }
+    return low;
+}
+
+static void check_hull(const psa__leaves *f, int round) {
+    int last = rnd_int(1, PSA_MAX_LEVELS);
+    int64_t n = rnd_int(1, 60), n_row = n + 16;
+    float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1];
+    guarded memory = guarded_new((size_t)(last * n_row) * sizeof(float), 0);
+    float *error = (float *)guarded_data(&memory), *was = (float *)xmalloc((size_t)(last * n_row) * sizeof *was);
+    for (int i = 0; i < last; i++)
+        for (int j = i + 1; j <= last; j++)
+            per_cost[i][j] = 1 / (psa__level_cost(i, last) - psa__level_cost(j, last));
+    for (int64_t i = 0; i < last * n_row; i++) /* rises, mostly */
+        was[i] = error[i] = (float)(rnd_uniform() * (round % 2 ? 1 : pow(4, (double)(i / n_row))));
+    f->hull(error, n_row, n, last, per_cost);
+    for (int64_t j = 0; j < n; j++) {
+        double at[PSA_MAX_LEVELS + 1] = {0};
+        for (int i = 0; i < last; i++)
+            at[i + 1] = (double)was[i * n_row + j];
+        for (int i = 0; i < last; i++) {
+            double want = price_after(at, i, last), got = (double)error[i * n_row + j];
+            CHECK(fabs(got - want) <= 1e-5 * (1 + fabs(want)), "%s: level %d of %d is left at %g, expected %g", f->name,
+                  i, last, got, want);
+        }
+    }
+    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
+    guarded_free(&memory);
+    free(was);
+}
+
+static void leaves_hull(void) { every_isa(100, check_hull); }
 
 const test_case tests_leaves[] = {
     {"leaves/vectors", leaves_vectors},
@@ -479,5 +526,6 @@ const test_case tests_leaves[] = {
     {"leaves/part_odd", leaves_part_odd},
     {"leaves/block_error", leaves_block_error},
     {"leaves/row_error", leaves_row_error},
+    {"leaves/hull", leaves_hull},
     {NULL, NULL},
 };
