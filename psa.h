@@ -2399,7 +2399,7 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t stride, int64_t 
     }
 }
 
-/* The slope between levels i and i + 1 is the largest of the slopes that rise least from a level up to i to one after. */
+/* The slope between levels i and i + 1: of the slopes that rise least from a level up to i to one after, the largest. */
 static PSA__TARGET void PSA__(hull)(float *error, int64_t n_row, int64_t n, int last,
                                     float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1])
 {
@@ -4066,7 +4066,7 @@ static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((1
 /* The multiply-adds of a level, as a share of those of level 1: the i-th level is 1 << i, the last, `skip`, nothing. */
 static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f / (float)(1 << i); }
 
-/* From what block_error left of some lanes of a row: the steps of its n blocks. The one that is dearest to skip is never
+/* From what block_error left of a row's lanes: the steps of its n blocks. The one that is dearest to skip is never
  * skipped, so that no row is empty: it stays at the level that saves most for what it costs. */
 static void psa__row_steps(const psa_plan *p, int64_t lane, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
                            uint16_t *steps)
