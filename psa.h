@@ -2399,7 +2399,7 @@ static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t stride, int64_t 
     }
 }
 
-/* The slope between levels i and i + 1: of the slopes that rise least from a level up to i to one after, the largest. */
+/* The slope between levels i and i + 1: the largest of those that rise least from a level up to i to one after. */
 static PSA__TARGET void PSA__(hull)(float *error, int64_t n_row, int64_t n, int last,
                                     float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1])
 {
