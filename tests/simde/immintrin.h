@@ -44,4 +44,8 @@ static inline __m512 _mm512_permute_ps(__m512 a, int select) {
     return _mm512_loadu_ps(to);
 }
 
+static inline int _mm_popcnt_u32(unsigned x) {
+    return __builtin_popcount(x);
+}
+
 #endif
