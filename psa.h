@@ -1985,15 +1985,11 @@ static PSA__TARGET void PSA__(along)(const float *u, const float *points, int64_
     for (int64_t i = 0; i < n; i += PSA__W) PSA__(store)(s + i, PSA__(dots)(direction, points + i * PSA__AXES));
 }
 
-/* sum += `rows` points */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(add_points)(int rows, const float *points, const int32_t *which, int64_t i,
-                                                      PSA__V *sum)
+/* sum += c-th vector of the i-th of the points in `which` or, if that is NULL, of all */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(add_point)(const float *points, const int32_t *which, int64_t i, int c,
+                                                     PSA__V *sum)
 {
-    enum { VECTORS = PSA__AXES / PSA__W };
-    PSA__UNROLL for (int x = 0; x < rows * VECTORS; x++) {
-        const int64_t at = which ? which[i + x / VECTORS] : i + x / VECTORS;
-        sum[x] = PSA__(add)(sum[x], PSA__(load)(points + at * PSA__AXES + x % VECTORS * PSA__W));
-    }
+    *sum = PSA__(add)(*sum, PSA__(load)(points + (which ? which[i] : i) * PSA__AXES + c * PSA__W));
 }
 
 /* to = n points, of those the ones in `which` or, if that is NULL, the first, less their mean */
@@ -2003,8 +1999,14 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(centre)(const float *points, const int
     PSA__V sum[4 * VECTORS];
     int64_t i = 0;
     PSA__UNROLL for (int x = 0; x < 4 * VECTORS; x++) sum[x] = PSA__(splat)(0.0f);
-    for (; i + 4 <= n; i += 4) PSA__(add_points)(4, points, which, i, sum);
-    for (; i < n; i++) PSA__(add_points)(1, points, which, i, sum);
+    for (; i + 4 <= n; i += 4) {
+        PSA__UNROLL for (int x = 0; x < 4 * VECTORS; x++) {
+            PSA__(add_point)(points, which, i + x / VECTORS, x % VECTORS, &sum[x]);
+        }
+    }
+    for (; i < n; i++) {
+        PSA__UNROLL for (int c = 0; c < VECTORS; c++) PSA__(add_point)(points, which, i, c, &sum[c]);
+    }
     PSA__UNROLL for (int x = VECTORS; x < 4 * VECTORS; x++) {
         sum[x % VECTORS] = PSA__(add)(sum[x % VECTORS], sum[x]);
     }
