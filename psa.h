@@ -2044,6 +2044,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(products)(const float *rows, int64_t n
 PSA__ALWAYS_INLINE PSA__TARGET float PSA__(power)(const float *matrix, int steps, float *x)
 {
     enum { W = PSA__W, VECTORS = PSA__AXES / W, SUMS = VECTORS > 4 ? VECTORS : 4 };
+    PSA__V squares = PSA__(splat)(0.0f);
     float trace[4] = {0, 0, 0, 0}, unit, square;
     for (int i = 0; i < PSA__AXES; i++) trace[i % 4] += matrix[i * (PSA__AXES + 1)];
     unit = 1.0f / (trace[0] + trace[1] + (trace[2] + trace[3]));
@@ -2062,7 +2063,11 @@ PSA__ALWAYS_INLINE PSA__TARGET float PSA__(power)(const float *matrix, int steps
             PSA__(store)(x + c * W, PSA__(mul)(sum[c], PSA__(splat)(unit)));
         }
     }
-    square = PSA__(dot)(x, x, PSA__AXES);
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
+        const PSA__V v = PSA__(load)(x + c * W);
+        squares = PSA__(fma)(v, v, squares);
+    }
+    square = PSA__(total)(squares);
     if (psa__finite(square)) return square;
     memset(x, 0, PSA__AXES * sizeof *x);
     return 0;
@@ -2073,11 +2078,15 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(direction)(const float *points, const 
                                                      float *rows, float *u)
 {
     float matrix[PSA__AXES * PSA__AXES], square;
+    PSA__V unit;
     PSA__(centre)(points, which, n, rows);
     PSA__(products)(rows, n, matrix);
     for (int c = 0; c < PSA__AXES; c++) u[c] = rows[(n - 1) * PSA__AXES + c] - rows[c];
     square = PSA__(power)(matrix, steps, u);
-    PSA__(scale)(u, square > 0 ? 1.0f / sqrtf(square) : 0.0f, PSA__AXES);
+    unit = PSA__(splat)(square > 0 ? 1.0f / sqrtf(square) : 0.0f);
+    PSA__UNROLL for (int c = 0; c < PSA__AXES; c += PSA__W) {
+        PSA__(store)(u + c, PSA__(mul)(PSA__(load)(u + c), unit));
+    }
 }
 
 static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u)
