@@ -3016,8 +3016,8 @@ static int psa__copies_head(const psa_plan *p)
     size_t f = sizeof(float);
     int apart = p->k.type != PSA_F32 || p->desc.order_k.index || p->k.nb[1] != (size_t)p->D * f ||
                 p->v.nb[1] != (size_t)p->Dv * f;
-    int64_t blocks = psa__min(p->nq, p->B * p->Hq * p->nq / p->desc.n_threads); /* of a head, in one thread */
-    return p->desc.mask == PSA_MASK_DENSE && apart && blocks >= 4;
+    size_t blocks = psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq) / (size_t)p->desc.n_threads;
+    return p->desc.mask == PSA_MASK_DENSE && apart && p->nq >= 4 && blocks >= 4; /* of a head, in one thread */
 }
 
 /* Lays the scratch out from base (NULL: only counts) and returns its size. */
