@@ -2095,6 +2095,23 @@ static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *whi
     PSA__(direction)(points, which, n, steps, rows, u);
 }
 
+/* rank[i] = how many of a few values are below the i-th */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(rank_few)(const float *s, int64_t n, float *rank)
+{
+    for (int64_t i = 0; i < n; i += PSA__W) {
+        const PSA__V own = PSA__(load)(s + i);
+        PSA__V less[4];
+        int64_t j = 0;
+        PSA__UNROLL for (int x = 0; x < 4; x++) less[x] = PSA__(splat)(0.0f);
+        for (; j + 4 <= n; j += 4) {
+            PSA__UNROLL for (int x = 0; x < 4; x++) less[x] = PSA__(tally)(less[x], PSA__(splat)(s[j + x]), own);
+        }
+        for (; j < n; j++) less[0] = PSA__(tally)(less[0], PSA__(splat)(s[j]), own);
+        less[0] = PSA__(add)(PSA__(add)(less[0], less[1]), PSA__(add)(less[2], less[3]));
+        PSA__(store)(rank + i, less[0]);
+    }
+}
+
 static PSA__TARGET void PSA__(rank)(const float *points, int64_t n, int steps, uint8_t *rank)
 {
     float u[PSA__AXES], rows[PSA__AXES * PSA__AXES], place[PSA__AXES], less[PSA__AXES];
@@ -2102,12 +2119,7 @@ static PSA__TARGET void PSA__(rank)(const float *points, int64_t n, int steps, u
     PSA__(direction)(points, NULL, n, steps, rows, u);
     memset(rows + n * PSA__AXES, 0, (size_t)((PSA__AXES - n) * PSA__AXES) * sizeof *rows);
     PSA__(along)(u, rows, n, place);
-    for (int i = 0; i < PSA__AXES; i += PSA__W) {
-        const PSA__V own = PSA__(load)(place + i);
-        PSA__V count = PSA__(splat)(0.0f);
-        for (int64_t j = 0; j < n; j++) count = PSA__(tally)(count, PSA__(splat)(place[j]), own);
-        PSA__(store)(less + i, count);
-    }
+    PSA__(rank_few)(place, n, less);
     for (int64_t i = 0; i < n; i++) sum += rank[i] = (uint8_t)less[i];
     for (int64_t i = 1; sum < n * (n - 1) / 2 && i < n; i++) { /* ties */
         for (int64_t j = 0; j < i; j++) rank[i] = (uint8_t)(rank[i] + (place[j] == place[i]));
@@ -2161,24 +2173,6 @@ PSA__ALWAYS_INLINE PSA__TARGET int64_t PSA__(pick_all)(const float *s, int64_t b
     return n;
 }
 
-/* rank[i] = how many of a few values are below the i-th; whether exactly k have fewer than k: not with ties there */
-PSA__ALWAYS_INLINE PSA__TARGET int PSA__(rank_few)(const float *s, int64_t n, int64_t k, float *rank)
-{
-    for (int64_t i = 0; i < n; i += PSA__W) {
-        const PSA__V own = PSA__(load)(s + i);
-        PSA__V less[4];
-        int64_t j = 0;
-        PSA__UNROLL for (int x = 0; x < 4; x++) less[x] = PSA__(splat)(0.0f);
-        for (; j + 4 <= n; j += 4) {
-            PSA__UNROLL for (int x = 0; x < 4; x++) less[x] = PSA__(tally)(less[x], PSA__(splat)(s[j + x]), own);
-        }
-        for (; j < n; j++) less[0] = PSA__(tally)(less[0], PSA__(splat)(s[j]), own);
-        less[0] = PSA__(add)(PSA__(add)(less[0], less[1]), PSA__(add)(less[2], less[3]));
-        PSA__(store)(rank + i, less[0]);
-    }
-    return PSA__(count_below)(rank, n, (float)k) == k;
-}
-
 /* Bisects for a value that k are below. Where ties leave none, s becomes 0 for those that count as below, else 1. */
 static PSA__TARGET float PSA__(bisect)(float *s, int64_t n, int64_t k, int32_t *chosen)
 {
@@ -2226,9 +2220,13 @@ static PSA__TARGET float PSA__(bisect)(float *s, int64_t n, int64_t k, int32_t *
 static PSA__TARGET void PSA__(part)(float *s, int64_t n, int64_t k, int32_t *move, float *points, int32_t *index)
 {
     float rank[PSA__FEW_PLACES + PSA__W];
-    const int few = n <= PSA__FEW_PLACES && PSA__(rank_few)(s, n, k, rank);
-    const float limit = few ? (float)k : PSA__(bisect)(s, n, k, move);
-    const int64_t wrong = PSA__(pick_all)(few ? rank : s, 0, k, limit, 0, move);
+    float limit = (float)k;
+    int64_t wrong;
+    int few = n <= PSA__FEW_PLACES;
+    if (few) PSA__(rank_few)(s, n, rank);
+    few = few && PSA__(count_below)(rank, n, limit) == k; /* not with ties there */
+    if (!few) limit = PSA__(bisect)(s, n, k, move);
+    wrong = PSA__(pick_all)(few ? rank : s, 0, k, limit, 0, move);
     PSA__(pick_all)(few ? rank : s, k, n, limit, 1, move + wrong);
     for (int64_t i = 0; i < wrong; i++) {
         const int32_t x = move[i], y = move[wrong + i], kept = index[x];
