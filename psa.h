@@ -118,13 +118,13 @@
  *
  * RECIPE (what lowers the error at equal cost; each part is optional and goes with every other one)
  *
- *     tree QKV, tilt, mask ERROR and a density: psa_desc_preset("recipe"). Without causality.
+ *     tree QKV, tilt, mask ERROR with groups of 16 x 8, and a density: psa_desc_preset("recipe"). Without causality.
  *
  *     tilt          pools around the mean query mu of the KV head instead of evenly: with w the softmax over a group of
  *                   scale * mu . k_j, its key and value are sum w k and sum w v, and in place of ln c its logit gets
  *                   ln sum exp(scale mu.k_j) - scale mu.(sum w k) + ln cosh sqrt(2 h),
  *                   h = scale^2 / 2 * sum_j w_j sum_d var(q_d) (k_jd - (sum w k)_d)^2. mu = 0 and h = 0 give ln c.
- *     mask ERROR    P(r,g) is the attention of a group's mean query r to a pooled key g of G keys (score_group: 8 x 8),
+ *     mask ERROR    P(r,g) is the attention of a group's mean query r to a pooled key g of G keys (score_group),
  *                   M_L(r) the mass of a KV block at level L under the same denominator, W_L(r,g) what of it falls to
  *                   g, tau_L the mean variance of v inside the block's groups of L over that of the head. The squared
  *                   error of the pair, in units of the variance of v, mean over r:
@@ -2324,59 +2324,98 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
     }
 }
 
-/* The error of the i-th level after that of the groups, whose logits are s: what the level leaves out, and what it
- * gives to the wrong group. */
-PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(coarse_error)(const psa__errors *e, int i, const float *s, int64_t step,
-                                                          const PSA__V *mass, PSA__V top, PSA__V all, PSA__V inside)
+/* The errors of the levels after that of the groups, whose logits are s: what a level leaves out, and what it gives to
+ * the wrong group. */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(coarse_errors)(int nv, const float *s, const psa__errors *e,
+                                                         PSA__V (*mass)[PSA__NV], const PSA__V *top, const PSA__V *all,
+                                                         const PSA__V *inside, float *x)
 {
-    const float *share = e->share + i * e->groups, *shift = e->shift + i * e->groups;
-    PSA__V off = PSA__(splat)(0.0f), missed = all;
-    for (int begin = 0, end; begin < e->rows; begin = end) {
-        PSA__V logit = PSA__(splat)(*shift++), whole;
-        end = begin + (2 << i) < e->rows ? begin + (2 << i) : e->rows;
-        for (int g = begin; g < end; g++) {
-            logit = PSA__(fma)(PSA__(load)(s + g * step), PSA__(splat)(share[g]), logit);
+    for (int i = 0; i < e->coarse; i++, x += e->plane) {
+        const float *share = e->share + i * e->groups, *shift = e->shift + i * e->groups;
+        PSA__V off[PSA__NV], missed[PSA__NV];
+        PSA__UNROLL for (int j = 0; j < nv; j++) {
+            off[j] = PSA__(splat)(0.0f);
+            missed[j] = all[j];
         }
-        whole = PSA__(exp2)(PSA__(sub)(PSA__(tamed)(logit), top));
-        missed = PSA__(sub)(missed, whole);
-        for (int g = begin; g < end; g++) {
-            const PSA__V apart = PSA__(sub)(mass[g], PSA__(mul)(whole, PSA__(splat)(share[g])));
-            off = PSA__(fma)(apart, apart, off);
+        for (int begin = 0, end; begin < e->rows; begin = end, shift++) {
+            PSA__V logit[PSA__NV], less[PSA__NV];
+            end = begin + (2 << i) < e->rows ? begin + (2 << i) : e->rows;
+            PSA__UNROLL for (int j = 0; j < nv; j++) logit[j] = PSA__(splat)(*shift);
+            for (int g = begin; g < end; g++) {
+                const PSA__V own = PSA__(splat)(share[g]);
+                PSA__UNROLL for (int j = 0; j < nv; j++) {
+                    logit[j] = PSA__(fma)(PSA__(load)(s + (g * nv + j) * PSA__W), own, logit[j]);
+                }
+            }
+            PSA__UNROLL for (int j = 0; j < nv; j++) {
+                less[j] = PSA__(sub)(PSA__(splat)(0.0f), PSA__(exp2)(PSA__(sub)(PSA__(tamed)(logit[j]), top[j])));
+                missed[j] = PSA__(add)(missed[j], less[j]);
+            }
+            for (int g = begin; g < end; g++) {
+                const PSA__V own = PSA__(splat)(share[g]);
+                PSA__UNROLL for (int j = 0; j < nv; j++) {
+                    const PSA__V apart = PSA__(fma)(less[j], own, mass[g][j]);
+                    off[j] = PSA__(fma)(apart, apart, off[j]);
+                }
+            }
+        }
+        PSA__UNROLL for (int j = 0; j < nv; j++) {
+            const PSA__V mixed = PSA__(fma)(off[j], PSA__(splat)(e->value[e->fine + i]), inside[j]);
+            PSA__(store)(x + j * PSA__W, PSA__(fma)(missed[j], missed[j], mixed));
         }
     }
-    return PSA__(fma)(missed, missed, PSA__(fma)(off, PSA__(splat)(e->value[e->fine + i]), inside));
+    PSA__UNROLL for (int j = 0; j < nv; j++) PSA__(store)(x + j * PSA__W, PSA__(mul)(all[j], all[j]));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(error_tile)(int nv, const float *s, const psa__errors *e, float *bm,
+                                                      float *bs, float *x)
+{
+    PSA__V mass[PSA_MAX_BLOCK_K / 2][PSA__NV], top[PSA__NV], all[PSA__NV], inside[PSA__NV];
+    PSA__UNROLL for (int j = 0; j < nv; j++) {
+        top[j] = PSA__(splat)(-PSA__BIG);
+        inside[j] = all[j] = PSA__(splat)(0.0f);
+    }
+    for (int g = 0; g < e->rows; g++) {
+        PSA__UNROLL for (int j = 0; j < nv; j++) {
+            mass[g][j] = PSA__(tamed)(PSA__(load)(s + (g * nv + j) * PSA__W));
+            top[j] = PSA__(max)(mass[g][j], top[j]);
+        }
+    }
+    for (int g = 0; g < e->rows; g++) {
+        PSA__UNROLL for (int j = 0; j < nv; j++) {
+            mass[g][j] = PSA__(exp2)(PSA__(sub)(mass[g][j], top[j]));
+            all[j] = PSA__(add)(all[j], mass[g][j]);
+        }
+    }
+    PSA__UNROLL for (int j = 0; j < nv; j++) {
+        PSA__(store)(bm + j * PSA__W, top[j]);
+        PSA__(store)(bs + j * PSA__W, all[j]);
+    }
+    for (int i = 0; i < e->fine; i++, x += e->plane) { /* mass that a group misses, and values that it mixes up */
+        PSA__V missed[PSA__NV];
+        PSA__UNROLL for (int j = 0; j < nv; j++) missed[j] = inside[j] = PSA__(splat)(0.0f);
+        for (int g = 0; g < e->rows; g++) {
+            const PSA__V miss = PSA__(splat)(e->mass[g * e->fine + i]), mix = PSA__(splat)(e->noise[g * e->fine + i]);
+            PSA__UNROLL for (int j = 0; j < nv; j++) {
+                missed[j] = PSA__(fma)(mass[g][j], miss, missed[j]);
+                inside[j] = PSA__(fma)(PSA__(mul)(mass[g][j], mass[g][j]), mix, inside[j]);
+            }
+        }
+        PSA__UNROLL for (int j = 0; j < nv; j++) {
+            inside[j] = PSA__(mul)(inside[j], PSA__(splat)(e->value[i]));
+            PSA__(store)(x + j * PSA__W, PSA__(fma)(missed[j], missed[j], inside[j]));
+        }
+    }
+    PSA__(coarse_errors)(nv, s, e, mass, top, all, inside, x);
 }
 
 static PSA__TARGET void PSA__(block_error)(int nv, const float *s, const psa__errors *e, float *bm, float *bs, float *x)
 {
-    int64_t step = nv * PSA__W;
-    for (int j = 0; j < nv; j++, s += PSA__W, bm += PSA__W, bs += PSA__W, x += PSA__W) {
-        PSA__V mass[PSA_MAX_BLOCK_K / 2], square[PSA_MAX_BLOCK_K / 2];
-        PSA__V top = PSA__(splat)(-PSA__BIG), all = PSA__(splat)(0.0f), inside = all;
-        float *to = x;
-        for (int g = 0; g < e->rows; g++) top = PSA__(max)(PSA__(load)(s + g * step), top);
-        top = PSA__(tamed)(top);
-        for (int g = 0; g < e->rows; g++) {
-            mass[g] = PSA__(exp2)(PSA__(sub)(PSA__(tamed)(PSA__(load)(s + g * step)), top));
-            square[g] = PSA__(mul)(mass[g], mass[g]);
-            all = PSA__(add)(all, mass[g]);
-        }
-        PSA__(store)(bm, top);
-        PSA__(store)(bs, all);
-        for (int i = 0; i < e->fine; i++, to += e->plane) { /* mass that a group misses, and values that it mixes up */
-            const float *miss = e->mass + i, *mix = e->noise + i;
-            PSA__V missed = PSA__(splat)(0.0f), noise = missed;
-            for (int g = 0; g < e->rows; g++, miss += e->fine, mix += e->fine) {
-                missed = PSA__(fma)(mass[g], PSA__(splat)(*miss), missed);
-                noise = PSA__(fma)(square[g], PSA__(splat)(*mix), noise);
-            }
-            inside = PSA__(mul)(noise, PSA__(splat)(e->value[i]));
-            PSA__(store)(to, PSA__(fma)(missed, missed, inside));
-        }
-        for (int i = 0; i < e->coarse; i++, to += e->plane) {
-            PSA__(store)(to, PSA__(coarse_error)(e, i, s, step, mass, top, all, inside));
-        }
-        PSA__(store)(to, PSA__(mul)(all, all));
+    switch (nv) {
+    case 1: PSA__(error_tile)(1, s, e, bm, bs, x); break;
+    case 2: PSA__(error_tile)(2, s, e, bm, bs, x); break;
+    case 3: PSA__(error_tile)(3, s, e, bm, bs, x); break;
+    default: PSA__(error_tile)(PSA__NV, s, e, bm, bs, x); break;
     }
 }
 
@@ -2925,12 +2964,11 @@ static int psa__processors(void)
 static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
 
 /* Query blocks that are scored together, so that keys are read once for all of them: as many as fill 64 lanes, if each
- * takes a power of two below 32; mask ERROR wants whole vectors. */
+ * takes a power of two below 32. */
 static int64_t psa__score_together(const psa_plan *p)
 {
     int64_t groups = p->desc.block_q / p->desc.score_group[0], lanes = psa__min(psa__pad_lanes(p->desc.block_q), 64);
-    if (p->desc.score != PSA_SCORE_POOLED || (p->desc.mask == PSA_MASK_ERROR && groups < 16)) return 1;
-    return 16 % groups == 0 ? lanes / groups : 1;
+    return p->desc.score == PSA_SCORE_POOLED && 16 % groups == 0 ? lanes / groups : 1;
 }
 
 /* Query vectors that score the query blocks that go together, padded. */
@@ -4080,9 +4118,10 @@ static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f /
 static void psa__row_steps(const psa_plan *p, int64_t lane, int64_t lanes, int64_t padded, int64_t n, psa__scratch *w,
                            uint16_t *steps)
 {
-    float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1];
+    float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1], z[PSA_MAX_BLOCK_Q];
     int levels = p->n_levels, last = p->desc.skip_mean ? levels - 1 : levels;
-    int64_t stride = p->nk + 16, dearest = 0;
+    int64_t stride = p->nk + 16, dearest = 0, width = p->leaves->lanes; /* whole vectors, with others' lanes at 0 */
+    int64_t first = lane / width * width, end = psa__ceil_div(lane + lanes, width) * width;
     uint16_t *kept, price;
     for (int i = 0; i < levels; i++) {
         for (int j = i + 1; j <= levels; j++) {
@@ -4090,8 +4129,9 @@ static void psa__row_steps(const psa_plan *p, int64_t lane, int64_t lanes, int64
             per_cost[i][j] = 1.0f / (saved * (float)lanes);
         }
     }
-    p->leaves->row_error(psa__min(psa__pad_lanes(lanes), padded - lane), padded, n, levels, w->bm + lane, w->x + lane,
-                         p->nk * padded, w->m + lane, w->l + lane, w->error, stride);
+    for (int64_t i = first; i < end; i++) z[i - first] = i >= lane && i < lane + lanes ? w->l[i] : 0.0f;
+    p->leaves->row_error(end - first, padded, n, levels, w->bm + first, w->x + first, p->nk * padded, w->m + first, z,
+                         w->error, stride);
     p->leaves->hull(w->error, stride, n, last, per_cost);
     for (int64_t jk = 0; jk < n; jk++) {
         uint16_t *step = steps + jk * levels;
@@ -4130,7 +4170,7 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     if (desc->mask == PSA_MASK_ERROR) {
         uint16_t *steps = (uint16_t *)(void *)(base + p->at_steps) +
                           ((b * p->Hq + h) * p->nq + iq) * p->nk * p->n_levels;
-        int64_t each = m > 1 ? 16 : lanes;
+        int64_t each = together > 1 ? desc->block_q / desc->score_group[0] : lanes;
         for (int64_t x = 0; x < m; x++, steps += p->nk * p->n_levels) {
             psa__row_steps(p, x * each, psa__min(each, lanes - x * each), padded, n, w, steps);
         }
@@ -5877,6 +5917,7 @@ PSA__DEF psa_result psa_desc_preset(const char *name, psa_desc *desc)
     if (p->mask == PSA_MASK_ERROR) {
         desc->tree = PSA_TREE_QKV;
         desc->tilt = 1;
+        desc->score_group[0] = 16;
     }
     return PSA_OK;
 }

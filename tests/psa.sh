@@ -412,8 +412,8 @@ check "bench: scalar code when asked" prints "scalar f32" psa bench --topic dens
 check "bench: two topics" prints "^memory: " psa bench --topic call,memory $tiny
 check "bench: rows of call" bench_rows call 8 $tiny
 check "bench: rows of call against another" ratios 7
-check "bench: rows of recipe" bench_rows recipe 10 $tiny
-check "bench: rows of recipe against dense" ratios 9
+check "bench: rows of recipe" bench_rows recipe 17 $tiny
+check "bench: rows of recipe against dense" ratios 16
 check "bench: rows of density" bench_rows density 16 $tiny --block-k 32
 check "bench: rows of density against dense" ratios 15
 check "bench: rows of decode" bench_rows decode 14 $tiny --type bf16

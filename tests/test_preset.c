@@ -52,6 +52,8 @@ static void check_desc(const preset_row *row, const psa_desc *d) {
           n, (int)d->score);
     CHECK(d->tree == (recipe ? PSA_TREE_QKV : PSA_TREE_NONE) && d->tilt == recipe, "%s: tree %d, tilt %d", n,
           (int)d->tree, d->tilt);
+    CHECK(!recipe || (d->score_group[0] == 16 && d->score_group[1] == 8), "%s: groups of %dx%d", n, d->score_group[0],
+          d->score_group[1]);
     CHECK(d->density == density, "%s: density %g", n, d->density);
     CHECK(!qwen || d->stride == 8, "%s: stride %d", n, d->stride);
     CHECK(d->sample_q == .25 && d->sample_k == .25, "%s: samples %g %g", n, d->sample_q, d->sample_k);

@@ -60,7 +60,7 @@ ROWS = [
     ("binary, means for skipped blocks", binary, BASE + ("--skip-mean",)),
     ("binary, no order", binary, ("--score-norm",)),
     ("mask ERROR with tilt, Gilbert order", error, GILBERT),
-    ("recipe: mask ERROR with tilt, tree orders", error, ("--order", "tree")),
+    ("recipe: mask ERROR with tilt, groups of 16 x 8, tree orders", error, ("--order", "tree", "--score-group", "16,8")),
 ]
 
 

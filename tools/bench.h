@@ -114,39 +114,49 @@ static void dense_group(bench *b, int64_t n, int64_t d) {
     end_group(b);
 }
 
-/* A call and its stages against dense attention. goals: of all stages before attend, and of the call. */
-static void stages_group(bench *b, int64_t n, int64_t d, const psa_desc *desc, int n_choice, double choice_goal,
-                         double call_goal) {
+/* Of dense attention's time. */
+static void share_of(row *r, const row *dense, double goal) {
+    r->work = dense->work;
+    r->unrated = 1;
+    set_base(r, dense, 1, goal);
+}
+
+/* A call and its stages against dense attention, which is the row before that of the first stage. Returns that one. */
+static row *add_stages(bench *b, bench_input *in, const psa_desc *desc, int n_choice) {
     int threads = b->crew->n_threads;
-    bench_input *in = add_input(b, one_type(b), n, n, d);
     run *stages = add_run(b, in, desc);
     const row *most = add_peak(b, in, b->isa, PSA_F32, threads);
-    row *dense = add_dense(b, in, b->isa, n, threads);
+    row *dense = add_dense(b, in, b->isa, in->n, threads);
     set_base(dense, most, 0, 0);
     row *choice = add_choice(b, in, stages);
-    for (int i = 0; i < n_choice; i++) { /* all of it for a dense call's worth of work */
-        choice[i].work = dense->work;
-        choice[i].unrated = 1;
-        set_base(&choice[i], dense, 1, 0);
-    }
-    choice[n_choice - 1].goal = choice_goal;
+    for (int i = 0; i < n_choice; i++)
+        share_of(&choice[i], dense, 0);
     row *attend = add_attend(b, in, stages);
     attend_against(attend, dense);
-    row *call = add_call(b, in, desc, n, threads);
-    set_base(call, dense, 0, call_goal);
+    row *call = add_call(b, in, desc, in->n, threads);
+    set_base(call, dense, 0, 0);
     call->density = attend->density;
+    return choice;
+}
+
+static void measure_stages(bench *b, const row *dense, row *call) {
+    const bench_input *in = dense->in;
     measure_rows(b);
     if (b->rc == 0) {
         call->compared = 1;
-        difference(dense->out, call->out, in->type, (size_t)(in->heads * n * d), &call->error, &call->largest_error);
+        difference(dense->out, call->out, in->type, (size_t)(in->heads * in->n * in->d), &call->error,
+                   &call->largest_error);
     }
     end_group(b);
 }
 
 static void call_group(bench *b, int64_t n, int64_t d) {
     psa_desc desc = mix_desc(b, &mixes[DEFAULT_MIX], b->density, b->block_k, n);
-    stages_group(b, n, d, &desc, CHOICE_ROWS, n >= 16384 ? 0.05 : n >= 4096 ? 0.08 : 0,
-                 n >= 16384 && b->density == 0.15 ? 5.5 : 0);
+    row *choice = add_stages(b, add_input(b, one_type(b), n, n, d), &desc, CHOICE_ROWS);
+    row *call = choice + CHOICE_ROWS + 1;
+    choice[CHOICE_ROWS - 1].goal = n >= 16384 ? 0.05 : n >= 4096 ? 0.08 : 0;
+    call->goal = n >= 16384 && b->density == 0.15 ? 5.5 : 0;
+    measure_stages(b, choice - 1, call);
 }
 
 static void recipe_group(bench *b, int64_t n, int64_t d) {
@@ -155,7 +165,31 @@ static void recipe_group(bench *b, int64_t n, int64_t d) {
     desc.block_k = b->block_k;
     desc.density = b->density;
     desc.isa = b->isa;
-    stages_group(b, n, d, &desc, RECIPE_ROWS, 0, 0);
+    bench_input *in = add_input(b, one_type(b), n, n, d);
+    row *choice = add_stages(b, in, &desc, RECIPE_ROWS);
+    const row *dense = choice - 1;
+    row *levels = add_sum(b, choice + 2, 3, measure_sum);
+    name_row(levels, "score, budget, mask");
+    share_of(levels, dense, n >= 4096 ? 0.02 : 0);
+
+    desc.mask = PSA_MASK_TOPK; /* trees and tilt by themselves */
+    desc.density = 0;
+    row *first = &b->rows[b->n_rows];
+    for (desc.tilt = 0; desc.tilt < 2; desc.tilt++) {
+        run *stages = add_run(b, in, &desc);
+        for (int stage = PREPARE; stage <= POOL; stage++)
+            name_row(add_stage(b, in, stages, stage), "logit trees%s: %s", desc.tilt ? ", tilt" : "",
+                     stage_names[stage]);
+    }
+    name_row(add_sum(b, first, 4, measure_more), "tilt");
+    desc.tilt = 0;
+    desc.metric = PSA_METRIC_EUCLID;
+    name_row(add_stage(b, in, add_run(b, in, &desc), PREPARE), "Euclidean trees: prepare");
+    for (int i = 0; i < 6; i++)
+        share_of(first + i, dense, 0);
+    first[4].goal = n >= 4096 ? 0.01 : 0;
+    first[5].goal = n >= 32768 ? 0.006 : n >= 4096 ? 0.025 : 0;
+    measure_stages(b, dense, choice + RECIPE_ROWS + 1);
 }
 
 static void density_group(bench *b, int64_t n, int64_t d, int block_k) {

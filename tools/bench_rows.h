@@ -94,6 +94,8 @@ struct row {
     psa_desc desc;
     run *run;
     int stage;
+    const row *parts; /* rows next to each other that this one is the sum of */
+    int n_parts;
     double value[MOST_REPEATS];
 };
 
@@ -278,11 +280,34 @@ static double measure_stage(bench *b, const row *r) {
     return b->rc == 0 ? r->run->seconds[r->stage] : -1;
 }
 
-static double measure_choice(bench *b, const row *r) {
+static double measure_sum(bench *b, const row *r) {
     double sum = 0;
-    for (int i = 1; r[-i].run == r->run && r[-i].stage < r->stage && sum >= 0; i++)
-        sum += r[-i].value[b->repeats];
+    for (int i = 0; i < r->n_parts; i++)
+        sum += r->parts[i].value[b->repeats];
     return sum;
+}
+
+/* What the second half of the parts takes more than the first. */
+static double measure_more(bench *b, const row *r) {
+    double sum = 0;
+    for (int i = 0; i < r->n_parts; i++)
+        sum += (i < r->n_parts / 2 ? -1 : 1) * r->parts[i].value[b->repeats];
+    return fmax(sum, 0);
+}
+
+static row *add_sum(bench *b, const row *parts, int n_parts, double (*measure)(bench *, const row *)) {
+    row *r = add_row(b, parts->in, b->crew->n_threads, measure);
+    r->parts = parts;
+    r->n_parts = n_parts;
+    return r;
+}
+
+static row *add_stage(bench *b, const bench_input *in, run *stages, int stage) {
+    row *r = add_row(b, in, b->crew->n_threads, measure_stage);
+    name_row(r, "%s", stage_names[stage]);
+    r->run = stages;
+    r->stage = stage;
+    return r;
 }
 
 enum { CHOICE_ROWS = 4, RECIPE_ROWS = 6 }; /* pool, score, mask; with prepare and budget; and their sum */
@@ -290,23 +315,17 @@ enum { CHOICE_ROWS = 4, RECIPE_ROWS = 6 }; /* pool, score, mask; with prepare an
 /* The stages up to the level map, then their sum. Their work is what the caller says it is. */
 static row *add_choice(bench *b, const bench_input *in, run *stages) {
     row *first = &b->rows[b->n_rows];
-    for (int stage = PREPARE; stage <= ATTEND; stage++) {
-        if (!stage_needed(stages, stage))
-            continue;
-        row *r = add_row(b, in, b->crew->n_threads, stage < ATTEND ? measure_stage : measure_choice);
-        name_row(r, "%s", stage < ATTEND ? stage_names[stage] : "until the map");
-        r->run = stages;
-        r->stage = stage;
-    }
+    int n = 0;
+    for (int stage = PREPARE; stage < ATTEND; stage++)
+        if (stage_needed(stages, stage))
+            add_stage(b, in, stages, stage), n++;
+    name_row(add_sum(b, first, n, measure_sum), "until the map");
     return first;
 }
 
 /* Attention on the run's level map. */
 static row *add_attend(bench *b, const bench_input *in, run *stages) {
-    row *r = add_row(b, in, b->crew->n_threads, measure_stage);
-    name_row(r, "attend");
-    r->run = stages;
-    r->stage = ATTEND;
+    row *r = add_stage(b, in, stages, ATTEND);
     psa_stats stats = {0};
     if (b->rc == 0)
         psa_stats_from_levels(&stages->plan, stages->levels, -1, -1, &stats);
