@@ -956,20 +956,20 @@ typedef struct psa__leaves {
     /* Scoring. Over n keys, for every lane: bm = max s and, if bs is not NULL, bs = sum of exp2(s - bm).
      * NaN counts as not seen; bm of a lane that sees nothing is -BIG. */
     void (*block_max)(int nv, const float *s, int64_t n, const int32_t *first, float *bm, float *bs);
-    /* From bm and bs [n][lanes]: with m a lane's maximum over all j < n, score[j] is the maximum of exp2(bm - m) or the
-     * sum of bs * exp2(bm - m) over `each` lanes, with norm divided by the lane's softmax denominator; the next `each`
-     * lanes make the next row of scores, n_row further on, up to n_lanes. bs may be NULL for a maximum without norm.
-     * m[lanes], z[lanes]: scratch. each: all lanes, or a power of two up to 16. */
-    void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm, const float *bs,
-                     int use_max, int norm, float *m, float *z, float *score, int64_t n_row);
+    /* From bm and bs [n][lanes]: with m a lane's maximum over all j < n, bm becomes exp2(bm - m), and score[j] is the
+     * maximum of bm or the sum of bs * bm over `each` lanes, with norm divided by the lane's softmax denominator, 1/z;
+     * the next `each` lanes make the next row of scores, n_row further on, up to n_lanes, beyond which z is 0. bs may
+     * be NULL for a maximum without norm. each: all lanes, or a power of two up to 16. */
+    void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, float *bm, const float *bs, int use_max,
+                     int norm, float *z, float *score, int64_t n_row);
 
     /* Predicted errors. For every lane: bm and bs as block_max over the groups; x[i * plane]: the squared error of the
-     * i-th level after 1, and last of skipping, relative to (exp2(bm) / denominator)^2. */
+     * i-th level after 1, and last of skipping, relative to (exp2(bm) * z)^2. */
     void (*block_error)(int nv, const float *s, const psa__errors *e, float *bm, float *bs, float *x);
-    /* error[i][j] = sum over `lanes` of the lanes of (z * exp2(bm - m))^2 * x[i] for the n_x planes x[n][stride] of
-     * block_error and bm[n][stride]; rows of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
+    /* error[i][j] = sum over `lanes` of the lanes of (z * bm)^2 * x[i] for the n_x planes x[n][stride] of block_error
+     * and bm[n][stride] of row_mass; rows of error have room for n + 16. lanes: at most PSA_MAX_BLOCK_Q. */
     void (*row_error)(int64_t lanes, int64_t stride, int64_t n, int n_x, const float *bm, const float *x, int64_t plane,
-                      const float *m, const float *z, float *error, int64_t n_row);
+                      const float *z, float *error, int64_t n_row);
     /* error[i][j], i < last, becomes the price from which on a level coarser than the i-th makes error + price * cost
      * of block j least: the slope of the lower convex hull of (cost, error). error[i] is that of the level after the
      * i-th; level 1 has none. per_cost[i][k] is 1 / (what level k saves over i). */
@@ -2274,15 +2274,14 @@ static PSA__TARGET void PSA__(block_max)(int nv, const float *s, int64_t n, cons
 /* For W blocks from j on: the maximum or sum of their masses, over the vectors of up to `span` lanes from `first` on.
  * Lane x of the result's vector i belongs to block x and to the lanes first + i, first + i + W, ... */
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(mass)(int64_t lanes, int64_t first, int64_t span, int64_t j, int64_t n,
-                                                const float *bm, const float *bs, int use_max, const float *m,
-                                                const float *z, PSA__V *total)
+                                                const float *bm, const float *bs, int use_max, const float *z,
+                                                PSA__V *total)
 {
     for (int x = 0; x < PSA__W; x++) {
         int64_t row = psa__min(j + x, n - 1) * lanes;
         PSA__V sum = PSA__(splat)(0.0f);
         for (int64_t i = first; i < psa__min(first + span, lanes); i += PSA__W) {
-            PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + row + i), PSA__(load)(m + i)));
-            e = PSA__(mul)(e, PSA__(load)(z + i));
+            PSA__V e = PSA__(mul)(PSA__(load)(bm + row + i), PSA__(load)(z + i));
             if (!use_max) e = PSA__(mul)(e, PSA__(load)(bs + row + i));
             sum = use_max ? PSA__(max)(e, sum) : PSA__(add)(e, sum);
         }
@@ -2291,27 +2290,30 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(mass)(int64_t lanes, int64_t first, in
     PSA__(transpose)(total);
 }
 
-static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, const float *bm,
-                                        const float *bs, int use_max, int norm, float *m, float *z, float *score,
-                                        int64_t n_row)
+static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, float *bm,
+                                        const float *bs, int use_max, int norm, float *z, float *score, int64_t n_row)
 {
     int64_t span = psa__max(each, PSA__W), side = psa__min(each, PSA__W); /* lanes, vectors of a row */
     for (int64_t i = 0; i < lanes; i += PSA__W) {
         PSA__V top = PSA__(splat)(-PSA__BIG), sum = PSA__(splat)(0.0f);
+        float m[PSA__W];
         for (int64_t j = 0; j < n; j++) top = PSA__(max)(PSA__(load)(bm + j * lanes + i), top);
-        for (int64_t j = 0; norm && j < n; j++) {
-            PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + j * lanes + i), top));
-            sum = PSA__(fma)(e, PSA__(load)(bs + j * lanes + i), sum);
+        for (int64_t j = 0; j < n; j++) {
+            const PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(bm + j * lanes + i), top));
+            PSA__(store)(bm + j * lanes + i, e);
+            if (norm) sum = PSA__(fma)(e, PSA__(load)(bs + j * lanes + i), sum);
         }
-        PSA__(store)(m + i, top);
+        PSA__(store)(m, top);
         PSA__(store)(z + i, sum);
+        for (int64_t x = i; x < i + PSA__W; x++) {
+            z[x] = x >= n_lanes || m[x - i] <= -PSA__BIG ? 0.0f : norm ? 1.0f / z[x] : 1.0f;
+        }
     }
-    for (int64_t i = 0; i < lanes; i++) z[i] = i >= n_lanes || m[i] <= -PSA__BIG ? 0.0f : norm ? 1.0f / z[i] : 1.0f;
     for (int64_t j = 0; j < n; j += PSA__W) {
         for (int64_t first = 0; first < lanes; first += span) {
             PSA__V total[PSA__W];
             float block[PSA__W];
-            PSA__(mass)(lanes, first, span, j, n, bm, bs, use_max, m, z, total);
+            PSA__(mass)(lanes, first, span, j, n, bm, bs, use_max, z, total);
             for (int64_t v = 0; v < PSA__W && first + v < n_lanes; v += side) {
                 float *row = score + (first + v) / each * n_row + j;
                 for (int64_t i = v + 1; i < v + side; i++) {
@@ -2420,16 +2422,14 @@ static PSA__TARGET void PSA__(block_error)(int nv, const float *s, const psa__er
 }
 
 static PSA__TARGET void PSA__(row_error)(int64_t lanes, int64_t stride, int64_t n, int n_x, const float *bm,
-                                         const float *x, int64_t plane, const float *m, const float *z, float *error,
-                                         int64_t n_row)
+                                         const float *x, int64_t plane, const float *z, float *error, int64_t n_row)
 {
     float factor[PSA__W * PSA_MAX_BLOCK_Q];
     for (int64_t j = 0; j < n; j += PSA__W) {
         for (int y = 0; y < PSA__W; y++) {
-            const float *top = bm + psa__min(j + y, n - 1) * stride;
+            const float *own = bm + psa__min(j + y, n - 1) * stride;
             for (int64_t i = 0; i < lanes; i += PSA__W) {
-                PSA__V e = PSA__(exp2)(PSA__(sub)(PSA__(load)(top + i), PSA__(load)(m + i)));
-                e = PSA__(mul)(e, PSA__(load)(z + i));
+                const PSA__V e = PSA__(mul)(PSA__(load)(own + i), PSA__(load)(z + i));
                 PSA__(store)(factor + y * lanes + i, PSA__(mul)(e, e));
             }
         }
@@ -3484,16 +3484,22 @@ static void psa__tree_split(const psa_plan *p, psa__scratch *w, int64_t begin, i
     psa__tree_split(p, w, begin + left, end, point + left * PSA__AXES, index + left);
 }
 
-/* Tokens first, ..., first + n - 1 of a head as points on the axes that are packed in w->qt. */
+/* Tokens first, ..., first + n - 1 of a head as points on the axes that are packed in w->qt; the n that follow are
+ * prefetched. */
 static void psa__tree_points(const psa_plan *p, psa__scratch *w, const psa_tensor *t, const char *head, int64_t first,
                              int64_t n, float *point)
 {
     int nv = psa__axes_nv(p->leaves);
     int64_t width = nv * p->leaves->lanes, d = t->ne[0];
     float *to = width == PSA__AXES ? point : w->s;
+    const float *next[PSA_MAX_BLOCK_K];
+    psa__ahead ahead = {next, n, (size_t)d * t->nb[0]};
     psa__head_rows(p, t, head, first, n, w);
+    for (int64_t x = 0; x < n; x++) {
+        next[x] = (const float *)(const void *)(head + (size_t)psa__min(first + n + x, t->ne[1] - 1) * t->nb[1]);
+    }
     for (int64_t axis = 0; axis < PSA__AXES; axis += width) {
-        p->leaves->qk(nv, w->qt + axis * d, w->kp, n, d, NULL, to, w->top, NULL);
+        p->leaves->qk(nv, w->qt + axis * d, w->kp, n, d, NULL, to, w->top, axis == 0 ? &ahead : NULL);
         for (int64_t i = 0; to != point && i < n; i++) {
             memcpy(point + i * PSA__AXES + axis, to + i * width, (size_t)width * sizeof *point);
         }
@@ -4091,12 +4097,13 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
 }
 
 /* Scales a row to sum 1; a row without mass becomes uniform. */
-static void psa__normalise(float *row, int64_t n)
+static void psa__normalise(const psa__leaves *f, float *row, int64_t n)
 {
     double sum = 0, part[4] = {0, 0, 0, 0};
     for (int64_t j = 0; j < n; j++) part[j % 4] += row[j];
     for (int i = 0; i < 4; i++) sum += part[i];
-    for (int64_t j = 0; j < n; j++) row[j] = sum > 0 ? (float)(row[j] * (1 / sum)) : 1.0f / (float)n;
+    for (int64_t j = 0; !(sum > 0) && j < n; j++) row[j] = 1.0f;
+    f->scale(row, (float)(1 / (sum > 0 ? sum : (double)n)), n);
 }
 
 /* A price as one of PSA__PRICES steps. */
@@ -4130,8 +4137,8 @@ static void psa__row_steps(const psa_plan *p, int64_t lane, int64_t lanes, int64
         }
     }
     for (int64_t i = first; i < end; i++) z[i - first] = i >= lane && i < lane + lanes ? w->l[i] : 0.0f;
-    p->leaves->row_error(end - first, padded, n, levels, w->bm + first, w->x + first, p->nk * padded, w->m + first, z,
-                         w->error, stride);
+    p->leaves->row_error(end - first, padded, n, levels, w->bm + first, w->x + first, p->nk * padded, z, w->error,
+                         stride);
     p->leaves->hull(w->error, stride, n, last, per_cost);
     for (int64_t jk = 0; jk < n; jk++) {
         uint16_t *step = steps + jk * levels;
@@ -4166,7 +4173,7 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
     p->leaves->row_mass(padded, lanes, together > 1 ? desc->block_q / desc->score_group[0] : padded, n, w->bm,
-                        sums ? w->bs : NULL, use_max, norm, w->m, w->l, row, p->nk);
+                        sums ? w->bs : NULL, use_max, norm, w->l, row, p->nk);
     if (desc->mask == PSA_MASK_ERROR) {
         uint16_t *steps = (uint16_t *)(void *)(base + p->at_steps) +
                           ((b * p->Hq + h) * p->nq + iq) * p->nk * p->n_levels;
@@ -4178,7 +4185,7 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     for (int64_t jk = 0; sample && !use_max && jk < n; jk++) row[jk] /= (float)psa__max(w->rank[0][jk], 1);
     for (int64_t x = 0; x < m; x++, row += p->nk) {
         int64_t seen = psa__n_visible(p, iq + x);
-        psa__normalise(row, seen);
+        psa__normalise(p->leaves, row, seen);
         for (int64_t jk = seen; jk < p->nk; jk++) row[jk] = 0.0f;
     }
 }
@@ -4227,20 +4234,26 @@ static uint32_t psa__sort_key(float x)
     return (u & 0x80000000u) != 0 ? u : ~(u | 0x80000000u);
 }
 
-/* Of blocks 0..n-1, whose keys are in key[1], those whose high bits are like the first `need` have them: to rank[0] and
- * key[0], in order. Returns how many they are. */
+/* Of blocks 0..n-1, whose keys are in key[1], those that share a part of the keys' range with the first `need`: to
+ * rank[0] and key[0], in order. Returns how many they are. */
 static int64_t psa__rank_select(psa__scratch *w, int64_t n, int64_t need)
 {
-    enum { SHIFT = 21 };
-    uint32_t count[1 << (32 - SHIFT)] = {0}, end = 0;
+    enum { PARTS = 2048 };
+    uint32_t count[PARTS] = {0}, least = UINT32_MAX, most = 0, end = 0;
     int64_t m = 0;
-    for (int64_t j = 0; j < n; j++) count[w->key[1][j] >> SHIFT]++;
+    int shift = 0;
+    for (int64_t j = 0; j < n; j++) {
+        least = w->key[1][j] < least ? w->key[1][j] : least;
+        most = w->key[1][j] > most ? w->key[1][j] : most;
+    }
+    while ((most - least) >> shift >= PARTS) shift++;
+    for (int64_t j = 0; j < n; j++) count[(w->key[1][j] - least) >> shift]++;
     for (int64_t seen = 0; seen < need; end++) seen += count[end];
     for (int64_t j = 0; j < n; j++) {
         uint32_t key = w->key[1][j];
         w->rank[0][m] = (uint32_t)j;
         w->key[0][m] = key;
-        m += key >> SHIFT < end;
+        m += (key - least) >> shift < end;
     }
     return m;
 }

@@ -439,24 +439,23 @@ static void check_row_error(const psa__leaves *f, int round) {
     int64_t lanes = 16 * rnd_int(1, round % 4 ? 2 : PSA_MAX_BLOCK_Q / 16), n = rnd_int(1, 40), n_row = n + 16;
     int64_t first = 16 * rnd_int(0, 2), all = first + lanes + 16 * rnd_int(0, 2);
     int n_x = rnd_int(1, 8);
-    float *bm = (float *)xmalloc((size_t)(n * all) * sizeof *bm), m[PSA_MAX_BLOCK_Q], z[PSA_MAX_BLOCK_Q];
+    float *bm = (float *)xmalloc((size_t)(n * all) * sizeof *bm), z[PSA_MAX_BLOCK_Q];
     float *x = (float *)xmalloc((size_t)(n_x * n * all) * sizeof *x);
     guarded memory = guarded_new((size_t)(n_x * n_row) * sizeof(float), 0);
     float *error = (float *)guarded_data(&memory);
-    fill(bm, n * all, 4), fill(x, n_x * n * all, 1);
+    fill(x, n_x * n * all, 1);
     for (int64_t i = 0; i < n_x * n * all; i++)
         x[i] = fabsf(x[i]);
-    for (int64_t i = 0; i < lanes; i++) {
-        m[i] = (float)(5 + rnd_uniform()), z[i] = i >= lanes - 9 ? 0 : (float)rnd_uniform();
-        for (int64_t j = 0; j < n; j++) /* no block is above the maximum of its lane */
-            bm[j * all + first + i] = fminf(bm[j * all + first + i], m[i]);
-    }
-    f->row_error(lanes, all, n, n_x, bm + first, x + first, n * all, m, z, error, n_row);
+    for (int64_t i = 0; i < n * all; i++)
+        bm[i] = (float)exp2(-12 * rnd_uniform());
+    for (int64_t i = 0; i < lanes; i++)
+        z[i] = i >= lanes - 9 ? 0 : (float)rnd_uniform();
+    f->row_error(lanes, all, n, n_x, bm + first, x + first, n * all, z, error, n_row);
     for (int at = 0; at < n_x; at++)
         for (int64_t j = 0; j < n; j++) {
             double want = 0;
             for (int64_t i = 0; i < lanes; i++) {
-                double e = (double)z[i] * exp2((double)bm[j * all + first + i] - (double)m[i]);
+                double e = (double)z[i] * (double)bm[j * all + first + i];
                 want += e * e * (double)x[(at * n + j) * all + first + i];
             }
             check_exp(f, "row_error", (double)error[at * n_row + j], want, want, 2);
