@@ -13,7 +13,7 @@ fidelity() { "$build/fidelity" "$@"; }
 error() {
     method=$1
     shift
-    fidelity "$@" --density .1 --only "$method" | awk 'END { print $NF }'
+    fidelity "$@" --density .1 --only "$method" | awk 'END { sub(/ *\([0-9.]+ costs.*/, ""); print $NF }'
 }
 
 # below A FACTOR B: A < FACTOR * B, both positive

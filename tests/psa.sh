@@ -435,6 +435,8 @@ check "bench: memory ratio" same_ratio
 check "bench: head size" rejected "expected a multiple of 8" psa bench --n 256 --d 12
 check "bench: block size" rejected "block-k 48: expected 16, 32, 64 or 128" psa bench --n 256 --block-k 48
 check "bench: lists" rejected "n '256,': expected N,..." psa bench --n 256,
+check "bench: no memory" rejected "not enough memory for the tensors" psa bench --topic recipe --json --d 256 \
+    --n 16777216 --heads 64
 check "bench: topics" rejected "topic 'call,speed': expected some of dense, call, recipe, density" psa bench --topic call,speed
 for option in "--d 7" "--d 264" "--n 0" "--heads 0" "--heads x" "--density 0" "--density 1.01" "--threads 0" \
     "--type f64" "--isa sse9"; do

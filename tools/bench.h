@@ -219,7 +219,7 @@ static void decode_group(bench *b, int64_t n, int64_t d, int type) {
     bench_input *in = add_input(b, type, 16, n, d);
     for (int threads = 1; threads; threads = threads == b->crew->n_threads ? 0 : b->crew->n_threads) {
         row *read = add_row(b, in, threads, measure_read);
-        read->work = in ? 2.0 * (double)input_bytes(in, n) : 0;
+        read->work = 2.0 * (double)input_bytes(in, n);
         name_row(read, "%s, threads %d: reading", type_name(type), threads);
         row *peak = add_peak(b, in, b->isa, PSA_F32, threads);
         peak->type = (psa_type)type;

@@ -147,18 +147,18 @@ static double bench_fail(bench *b, const char *message) {
 
 /* Attention of n_q queries with n keys; NULL once anything failed, as in all that follows. */
 static bench_input *add_input(bench *b, int type, int64_t n_q, int64_t n, int64_t d) {
-    if (b->rc != 0)
-        return NULL;
     bench_input *in = &b->inputs[b->n_inputs++];
     memset(in, 0, sizeof *in);
     in->type = (psa_type)type;
     in->heads = b->heads;
     in->n_q = n_q, in->n = n, in->d = d;
     size_t q = (input_bytes(in, n_q) + 63) / 64 * 64, kv = input_bytes(in, n);
+    if (b->rc != 0)
+        return in;
     in->memory = malloc(3 * q + 2 * kv + 128);
     if (!in->memory) {
         bench_fail(b, "not enough memory for the tensors");
-        return NULL;
+        return in;
     }
     in->data[1] = (char *)in->memory + (64 - (uintptr_t)in->memory % 64);
     in->data[2] = in->data[1] + kv;
@@ -243,10 +243,8 @@ static row *add_call(bench *b, bench_input *in, const psa_desc *desc, int64_t n_
     r->desc.n_threads = threads;
     r->desc.parallel_fn = on_crew;
     r->desc.parallel_user = b->crew;
-    if (in) {
-        r->work = 4.0 * (double)n_q * (double)in->n * (double)in->d * in->heads;
-        r->out = in->out[desc->mask != PSA_MASK_DENSE];
-    }
+    r->work = 4.0 * (double)n_q * (double)in->n * (double)in->d * in->heads;
+    r->out = in->out[desc->mask != PSA_MASK_DENSE];
     return r;
 }
 
@@ -263,10 +261,10 @@ static row *add_dense(bench *b, bench_input *in, psa_isa isa, int64_t n_q, int t
 /* Plan, memory and level map for rows that are stages. */
 static run *add_run(bench *b, const bench_input *in, const psa_desc *desc) {
     psa_tensor t[4];
-    run *stages = &b->runs[b->n_runs];
+    run *stages = &b->runs[b->n_runs++];
+    memset(stages, 0, sizeof *stages);
     if (b->rc != 0)
-        return NULL;
-    b->n_runs++;
+        return stages;
     input_tensors(in, in->n_q, in->out[1], t);
     b->rc = run_init(stages, b->o, b->crew, desc, b->crew->n_threads, &t[0], &t[1], &t[2], &t[3]);
     for (int stage = PREPARE; stage < ATTEND && b->rc == 0; stage++)
