@@ -2327,7 +2327,7 @@ static PSA__TARGET void PSA__(row_mass)(int64_t lanes, int64_t n_lanes, int64_t 
 }
 
 /* The errors of the levels after that of the groups, whose logits are s: what a level leaves out, and what it gives to
- * the wrong group. */
+ * the wrong group; then that of skipping. */
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(coarse_errors)(int nv, const float *s, const psa__errors *e,
                                                          PSA__V (*mass)[PSA__NV], const PSA__V *top, const PSA__V *all,
                                                          const PSA__V *inside, float *x)

@@ -60,7 +60,8 @@ ROWS = [
     ("binary, means for skipped blocks", binary, BASE + ("--skip-mean",)),
     ("binary, no order", binary, ("--score-norm",)),
     ("mask ERROR with tilt, Gilbert order", error, GILBERT),
-    ("recipe: mask ERROR with tilt, groups of 16 x 8, tree orders", error, ("--order", "tree", "--score-group", "16,8")),
+    ("recipe: mask ERROR with tilt, groups of 16 x 8, tree orders", error,
+     ("--order", "tree", "--score-group", "16,8")),
 ]
 
 

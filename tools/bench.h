@@ -122,15 +122,15 @@ static void share_of(row *r, const row *dense, double goal) {
 }
 
 /* A call and its stages against dense attention, which is the row before that of the first stage. Returns that one. */
-static row *add_stages(bench *b, bench_input *in, const psa_desc *desc, int n_choice) {
+static row *add_stages(bench *b, bench_input *in, const psa_desc *desc) {
     int threads = b->crew->n_threads;
     run *stages = add_run(b, in, desc);
     const row *most = add_peak(b, in, b->isa, PSA_F32, threads);
     row *dense = add_dense(b, in, b->isa, in->n, threads);
     set_base(dense, most, 0, 0);
     row *choice = add_choice(b, in, stages);
-    for (int i = 0; i < n_choice; i++)
-        share_of(&choice[i], dense, 0);
+    for (row *r = choice; r < &b->rows[b->n_rows]; r++)
+        share_of(r, dense, 0);
     row *attend = add_attend(b, in, stages);
     attend_against(attend, dense);
     row *call = add_call(b, in, desc, in->n, threads);
@@ -152,7 +152,7 @@ static void measure_stages(bench *b, const row *dense, row *call) {
 
 static void call_group(bench *b, int64_t n, int64_t d) {
     psa_desc desc = mix_desc(b, &mixes[DEFAULT_MIX], b->density, b->block_k, n);
-    row *choice = add_stages(b, add_input(b, one_type(b), n, n, d), &desc, CHOICE_ROWS);
+    row *choice = add_stages(b, add_input(b, one_type(b), n, n, d), &desc);
     row *call = choice + CHOICE_ROWS + 1;
     choice[CHOICE_ROWS - 1].goal = n >= 16384 ? 0.05 : n >= 4096 ? 0.08 : 0;
     call->goal = n >= 16384 && b->density == 0.15 ? 5.5 : 0;
@@ -166,7 +166,7 @@ static void recipe_group(bench *b, int64_t n, int64_t d) {
     desc.density = b->density;
     desc.isa = b->isa;
     bench_input *in = add_input(b, one_type(b), n, n, d);
-    row *choice = add_stages(b, in, &desc, RECIPE_ROWS);
+    row *choice = add_stages(b, in, &desc);
     const row *dense = choice - 1;
     row *levels = add_sum(b, choice + 2, 3, measure_sum);
     name_row(levels, "score, budget, mask");
@@ -181,14 +181,16 @@ static void recipe_group(bench *b, int64_t n, int64_t d) {
             name_row(add_stage(b, in, stages, stage), "logit trees%s: %s", desc.tilt ? ", tilt" : "",
                      stage_names[stage]);
     }
-    name_row(add_sum(b, first, 4, measure_more), "tilt");
+    row *tilt = add_sum(b, first, 4, measure_more);
+    name_row(tilt, "tilt");
+    for (row *r = first; r < tilt; r++)
+        share_of(r, dense, 0);
+    share_of(tilt, dense, n >= 4096 ? 0.01 : 0);
     desc.tilt = 0;
     desc.metric = PSA_METRIC_EUCLID;
-    name_row(add_stage(b, in, add_run(b, in, &desc), PREPARE), "Euclidean trees: prepare");
-    for (int i = 0; i < 6; i++)
-        share_of(first + i, dense, 0);
-    first[4].goal = n >= 4096 ? 0.01 : 0;
-    first[5].goal = n >= 32768 ? 0.006 : n >= 4096 ? 0.025 : 0;
+    row *trees = add_stage(b, in, add_run(b, in, &desc), PREPARE);
+    name_row(trees, "Euclidean trees: prepare");
+    share_of(trees, dense, n >= 32768 ? 0.006 : n >= 4096 ? 0.025 : 0);
     measure_stages(b, dense, choice + RECIPE_ROWS + 1);
 }
 

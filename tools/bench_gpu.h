@@ -87,17 +87,6 @@ static void add_gpu_rows(bench *b, bench_input *in, const model_gpu *model, doub
     }
 }
 
-/* No memory: a model only counts. */
-static bench_input *add_shape(bench *b, int64_t n, int64_t d) {
-    bench_input *in = &b->inputs[b->n_inputs++];
-    memset(in, 0, sizeof *in);
-    in->type = (psa_type)gpu_type(b);
-    in->heads = b->heads;
-    in->n_q = in->n = n;
-    in->d = d;
-    return in;
-}
-
 static void add_densities(bench *b, bench_input *in, const model_gpu *model) {
     static const double densities[] = {.3, .15, .05};
     const row *dense = &b->rows[b->n_rows];
@@ -120,7 +109,7 @@ static void gpu_group(bench *b, int64_t n, int64_t d) {
 }
 
 static void model_group(bench *b, int64_t n, int64_t d) {
-    bench_input *in = add_shape(b, n, d);
+    bench_input *in = add_shape(b, gpu_type(b), n, n, d); /* a model only counts */
     for (int i = 0; i < MODEL_GPUS && b->rc == 0; i++)
         add_densities(b, in, &model_gpus[i]);
     measure_once(b);

@@ -145,13 +145,19 @@ static double bench_fail(bench *b, const char *message) {
     return -1;
 }
 
-/* Attention of n_q queries with n keys; NULL once anything failed, as in all that follows. */
-static bench_input *add_input(bench *b, int type, int64_t n_q, int64_t n, int64_t d) {
+/* Attention of n_q queries with n keys, without memory. */
+static bench_input *add_shape(bench *b, int type, int64_t n_q, int64_t n, int64_t d) {
     bench_input *in = &b->inputs[b->n_inputs++];
     memset(in, 0, sizeof *in);
     in->type = (psa_type)type;
     in->heads = b->heads;
     in->n_q = n_q, in->n = n, in->d = d;
+    return in;
+}
+
+/* With it; once anything failed there is none, and what follows adds rows, but does no work. */
+static bench_input *add_input(bench *b, int type, int64_t n_q, int64_t n, int64_t d) {
+    bench_input *in = add_shape(b, type, n_q, n, d);
     size_t q = (input_bytes(in, n_q) + 63) / 64 * 64, kv = input_bytes(in, n);
     if (b->rc != 0)
         return in;
@@ -176,8 +182,7 @@ static row *add_row(bench *b, const bench_input *in, int threads, double (*measu
     r->in = in;
     r->threads = threads;
     r->isa = b->isa;
-    if (in)
-        r->n = in->n, r->d = in->d, r->n_q = in->n_q, r->type = in->type;
+    r->n = in->n, r->d = in->d, r->n_q = in->n_q, r->type = in->type;
     return r;
 }
 

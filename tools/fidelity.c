@@ -50,9 +50,10 @@ typedef struct method {
 } method;
 
 #define GILBERT .gilbert_q = 1, .gilbert_k = 1
-#define POOLED .score = PSA_SCORE_POOLED, .score_group = {8, 8}
+#define GROUPS(q, k) .score = PSA_SCORE_POOLED, .score_group = {q, k}
+#define POOLED GROUPS(8, 8)
 #define BINARY .level_end = {.15}
-#define ERRORS POOLED, .mask = PSA_MASK_ERROR, .tilt = 1
+#define ERRORS(q, k) GROUPS(q, k), .mask = PSA_MASK_ERROR, .tilt = 1
 #define TREE .tree = PSA_TREE_QKV
 #define EUCLID TREE, .metric = PSA_METRIC_EUCLID
 
@@ -64,7 +65,7 @@ static const method methods[] = {
     {"  pooled 8x8", GILBERT, {POOLED}, NULL, {0}},
     {"    skip_mean", GILBERT, {POOLED, .skip_mean = 1}, NULL, {0}},
     {"      tilt", GILBERT, {POOLED, .skip_mean = 1, .tilt = 1}, NULL, {0}},
-    {"      tilt, mask ERROR", GILBERT, {ERRORS}, "recipe without trees", {120, 120, 120}},
+    {"      tilt, mask ERROR", GILBERT, {ERRORS(8, 8)}, "recipe without trees", {120, 120, 120}},
     {"binary, Gilbert, score_norm", GILBERT, {BINARY, .score_norm = 1}, NULL, {0}},
     {"binary, Gilbert, exact mass (bound)", GILBERT, {BINARY, .score = PSA_SCORE_EXACT}, "binary, exact scores",
      {67, 147, 195}},
@@ -73,17 +74,15 @@ static const method methods[] = {
     {"tree (Euclid), top-k, pooled 8x8", 0, 0, {EUCLID, POOLED}, NULL, {0}},
     {"  skip_mean", 0, 0, {EUCLID, POOLED, .skip_mean = 1}, NULL, {0}},
     {"    tilt", 0, 0, {EUCLID, POOLED, .skip_mean = 1, .tilt = 1}, NULL, {0}},
-    {"    tilt, mask ERROR", 0, 0, {EUCLID, ERRORS}, NULL, {0}},
+    {"    tilt, mask ERROR", 0, 0, {EUCLID, ERRORS(8, 8)}, NULL, {0}},
     {"tree (logit), top-k, pooled 8x8", 0, 0, {TREE, POOLED}, NULL, {0}},
     {"  skip_mean, tilt", 0, 0, {TREE, POOLED, .skip_mean = 1, .tilt = 1}, NULL, {0}},
-    {"  tilt, mask ERROR", 0, 0, {TREE, ERRORS}, NULL, {0}},
-    {"    groups of 16x8 (recipe)", 0, 0, {TREE, .score = PSA_SCORE_POOLED, .score_group = {16, 8}, .tilt = 1,
-                                           .mask = PSA_MASK_ERROR}, "recipe", {27, 120, 55}},
-    {"    skip_mean", 0, 0, {TREE, ERRORS, .skip_mean = 1}, NULL, {0}},
+    {"  tilt, mask ERROR", 0, 0, {TREE, ERRORS(8, 8)}, NULL, {0}},
+    {"    groups of 16x8 (recipe)", 0, 0, {TREE, ERRORS(16, 8)}, "recipe", {27, 120, 55}},
+    {"    skip_mean", 0, 0, {TREE, ERRORS(8, 8), .skip_mean = 1}, NULL, {0}},
     {"    no tilt", 0, 0, {TREE, POOLED, .mask = PSA_MASK_ERROR}, NULL, {0}},
-    {"    groups of 32x16", 0, 0, {TREE, .score = PSA_SCORE_POOLED, .score_group = {32, 16}, .tilt = 1,
-                                    .mask = PSA_MASK_ERROR}, NULL, {0}},
-    {"    tree of keys alone, Gilbert queries", 1, 0, {.tree = PSA_TREE_KV, ERRORS}, NULL, {0}},
+    {"    groups of 32x16", 0, 0, {TREE, ERRORS(32, 16)}, NULL, {0}},
+    {"    tree of keys alone, Gilbert queries", 1, 0, {.tree = PSA_TREE_KV, ERRORS(8, 8)}, NULL, {0}},
 };
 enum { METHODS = sizeof methods / sizeof *methods };
 
