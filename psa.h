@@ -685,6 +685,7 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__AXES 16                    /* coordinates that a tree has of its tokens */
 #define PSA__TREE_SAMPLE 256            /* tokens that say which ones */
 #define PSA__TREE_NODE 128              /* tokens that say how a node is split */
+#define PSA__SECOND ((PSA__AXES + 1) * PSA__AXES) /* their second moments and sums */
 #define PSA__FEW_PLACES 64              /* so many are compared each with each */
 #define PSA__PRICES 8192                /* steps of a price: 128 for each power of two from 2^-48 to 2^16 */
 #define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
@@ -923,14 +924,16 @@ typedef struct psa__leaves {
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
-    /* Trees. s[i] = row i . row i, for row pointers as in a tile. Points have PSA__AXES coordinates: u = the principal
-     * direction of n of them (at most PSA__TREE_NODE) after so many power steps from the last less the first; rank[i] =
-     * how many of n (at most PSA__AXES) are before point i along theirs, ties by index; s[i] = u . point i, and there
-     * are points and there is s up to a multiple of 16. */
+    /* Trees. s[i] = row i . row i, for row pointers as in a tile. Points have PSA__AXES coordinates. second[PSA__SECOND]:
+     * the sums of y y^T and of y, y being a point less the origin, over n points (at most PSA__TREE_NODE): those in
+     * `which` or, if that is NULL, the first. u = their principal direction, after so many power steps from the last
+     * less the first. s[i] = u . point i. sort: n indices (at most PSA__AXES) along the principal direction, ties as
+     * they are. For along and sort there are points, and there is s, up to a multiple of 16. */
     void (*squares)(const float *const *rows, int64_t n, int64_t d, float *s);
-    void (*principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u); /* NULL: the first */
-    void (*rank)(const float *points, int64_t n, int steps, uint8_t *rank);
+    void (*second)(const float *points, const int32_t *which, int64_t n, const float *origin, float *second);
+    void (*principal)(const float *second, int64_t n, const float *first, const float *last, int steps, float *u);
     void (*along)(const float *u, const float *points, int64_t n, float *s);
+    void (*sort)(const float *second, const float *points, int64_t n, int steps, int32_t *index);
     /* Brings those of n points and indices before the others whose s are the k smallest, ties by index. s is
      * overwritten; move: scratch of n + 16. */
     void (*part)(float *s, int64_t n, int64_t k, int32_t *move, float *points, int32_t *index);
@@ -1543,10 +1546,16 @@ static PSA__TARGET void PSA__(mean)(float *dst, const float *const *rows, int64_
 static PSA__TARGET float PSA__(dot)(const float *a, const float *b, int64_t n)
 {
     float total;
-    PSA__V sum = PSA__(splat)(0.0f);
+    PSA__V sum[4];
     int64_t i = 0;
-    for (; i + PSA__W <= n; i += PSA__W) sum = PSA__(fma)(PSA__(load)(a + i), PSA__(load)(b + i), sum);
-    total = PSA__(total)(sum);
+    PSA__UNROLL for (int x = 0; x < 4; x++) sum[x] = PSA__(splat)(0.0f);
+    for (; i + 4 * PSA__W <= n; i += 4 * PSA__W) {
+        PSA__UNROLL for (int x = 0; x < 4; x++) {
+            sum[x] = PSA__(fma)(PSA__(load)(a + i + x * PSA__W), PSA__(load)(b + i + x * PSA__W), sum[x]);
+        }
+    }
+    for (; i + PSA__W <= n; i += PSA__W) sum[0] = PSA__(fma)(PSA__(load)(a + i), PSA__(load)(b + i), sum[0]);
+    total = PSA__(total)(PSA__(add)(PSA__(add)(sum[0], sum[1]), PSA__(add)(sum[2], sum[3])));
     for (; i < n; i++) total += a[i] * b[i];
     return total;
 }
@@ -1985,38 +1994,28 @@ static PSA__TARGET void PSA__(along)(const float *u, const float *points, int64_
     for (int64_t i = 0; i < n; i += PSA__W) PSA__(store)(s + i, PSA__(dots)(direction, points + i * PSA__AXES));
 }
 
-/* sum += c-th vector of the i-th of the points in `which` or, if that is NULL, of all */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(add_point)(const float *points, const int32_t *which, int64_t i, int c,
-                                                     PSA__V *sum)
-{
-    *sum = PSA__(add)(*sum, PSA__(load)(points + (which ? which[i] : i) * PSA__AXES + c * PSA__W));
-}
-
-/* to = n points, of those the ones in `which` or, if that is NULL, the first, less their mean */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(centre)(const float *points, const int32_t *which, int64_t n, float *to)
+/* to = n points, of those the ones in `which` or, if that is NULL, the first, less the origin; total = their sum */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(less_origin)(const float *points, const int32_t *which, int64_t n,
+                                                       const float *origin, float *to, float *total)
 {
     enum { VECTORS = PSA__AXES / PSA__W };
-    PSA__V sum[4 * VECTORS];
-    int64_t i = 0;
+    PSA__V zero[VECTORS], sum[4 * VECTORS];
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) zero[c] = PSA__(load)(origin + c * PSA__W);
     PSA__UNROLL for (int x = 0; x < 4 * VECTORS; x++) sum[x] = PSA__(splat)(0.0f);
-    for (; i + 4 <= n; i += 4) {
+    for (int64_t i = 0; i < n; i += 4) {
         PSA__UNROLL for (int x = 0; x < 4 * VECTORS; x++) {
-            PSA__(add_point)(points, which, i + x / VECTORS, x % VECTORS, &sum[x]);
+            const int64_t row = i + x / VECTORS, c = x % VECTORS * PSA__W;
+            if (row < n) {
+                const PSA__V y = PSA__(load)(points + (which ? which[row] : row) * PSA__AXES + c);
+                PSA__(store)(to + row * PSA__AXES + c, PSA__(sub)(y, zero[c / PSA__W]));
+                sum[x] = PSA__(add)(sum[x], PSA__(sub)(y, zero[c / PSA__W]));
+            }
         }
-    }
-    for (; i < n; i++) {
-        PSA__UNROLL for (int c = 0; c < VECTORS; c++) PSA__(add_point)(points, which, i, c, &sum[c]);
     }
     PSA__UNROLL for (int x = VECTORS; x < 4 * VECTORS; x++) {
         sum[x % VECTORS] = PSA__(add)(sum[x % VECTORS], sum[x]);
     }
-    PSA__UNROLL for (int c = 0; c < VECTORS; c++) sum[c] = PSA__(mul)(sum[c], PSA__(splat)(1.0f / (float)n));
-    for (i = 0; i < n; i++) {
-        const float *point = points + (which ? which[i] : i) * PSA__AXES;
-        PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-            PSA__(store)(to + i * PSA__AXES + c * PSA__W, PSA__(sub)(PSA__(load)(point + c * PSA__W), sum[c]));
-        }
-    }
+    PSA__UNROLL for (int c = 0; c < VECTORS; c++) PSA__(store)(total + c * PSA__W, sum[c]);
 }
 
 /* matrix = the sum over n rows y of y y^T; PSA__AXES is the rows' length */
@@ -2039,60 +2038,52 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(products)(const float *rows, int64_t n
     }
 }
 
-/* x = (matrix / its trace, which no eigenvalue exceeds)^steps x, or 0 if that is not finite; returns its square.
- * matrix: symmetric, PSA__AXES rows. */
-PSA__ALWAYS_INLINE PSA__TARGET float PSA__(power)(const float *matrix, int steps, float *x)
+static PSA__TARGET void PSA__(second)(const float *points, const int32_t *which, int64_t n, const float *origin,
+                                      float *second)
+{
+    float rows[PSA__TREE_NODE * PSA__AXES];
+    PSA__(less_origin)(points, which, n, origin, rows, second + PSA__AXES * PSA__AXES);
+    PSA__(products)(rows, n, second);
+}
+
+/* u = (covariance / its trace, which no eigenvalue exceeds)^steps times the last point less the first, of length 1, or
+ * 0 if that is not finite */
+static PSA__TARGET void PSA__(principal)(const float *second, int64_t n, const float *first, const float *last,
+                                         int steps, float *u)
 {
     enum { W = PSA__W, VECTORS = PSA__AXES / W, SUMS = VECTORS > 4 ? VECTORS : 4 };
-    PSA__V squares = PSA__(splat)(0.0f);
-    float trace[4] = {0, 0, 0, 0}, unit, square;
-    for (int i = 0; i < PSA__AXES; i++) trace[i % 4] += matrix[i * (PSA__AXES + 1)];
+    const float *sum = second + PSA__AXES * PSA__AXES;
+    PSA__V row[PSA__AXES * VECTORS], squares = PSA__(splat)(0.0f);
+    float less[PSA__AXES], trace[4] = {0, 0, 0, 0}, unit, square;
+    PSA__UNROLL for (int c = 0; c < PSA__AXES; c += W) {
+        PSA__(store)(less + c, PSA__(mul)(PSA__(load)(sum + c), PSA__(splat)(-1.0f / (float)n)));
+        PSA__(store)(u + c, PSA__(sub)(PSA__(load)(last + c), PSA__(load)(first + c)));
+    }
+    PSA__UNROLL for (int i = 0; i < PSA__AXES; i++) trace[i % 4] += second[i * (PSA__AXES + 1)] + sum[i] * less[i];
     unit = 1.0f / (trace[0] + trace[1] + (trace[2] + trace[3]));
+    PSA__UNROLL for (int x = 0; x < PSA__AXES * VECTORS; x++) {
+        row[x] = PSA__(fma)(PSA__(load)(sum + x % VECTORS * W), PSA__(splat)(less[x / VECTORS]),
+                            PSA__(load)(second + x * W));
+    }
     for (int step = 0; step < steps; step++) {
-        PSA__V sum[SUMS];
-        PSA__UNROLL for (int i = 0; i < SUMS; i++) sum[i] = PSA__(splat)(0.0f);
-        PSA__UNROLL for (int i = 0; i < PSA__AXES; i++) {
-            PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-                const PSA__V row = PSA__(load)(matrix + i * PSA__AXES + c * W);
-                PSA__V *to = &sum[(i * VECTORS + c) % SUMS];
-                *to = PSA__(fma)(row, PSA__(splat)(x[i]), *to);
-            }
+        PSA__V to[SUMS];
+        PSA__UNROLL for (int i = 0; i < SUMS; i++) to[i] = PSA__(splat)(0.0f);
+        PSA__UNROLL for (int x = 0; x < PSA__AXES * VECTORS; x++) {
+            to[x % SUMS] = PSA__(fma)(row[x], PSA__(splat)(u[x / VECTORS]), to[x % SUMS]);
         }
-        PSA__UNROLL for (int i = VECTORS; i < SUMS; i++) sum[i % VECTORS] = PSA__(add)(sum[i % VECTORS], sum[i]);
-        PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-            PSA__(store)(x + c * W, PSA__(mul)(sum[c], PSA__(splat)(unit)));
-        }
+        PSA__UNROLL for (int i = VECTORS; i < SUMS; i++) to[i % VECTORS] = PSA__(add)(to[i % VECTORS], to[i]);
+        PSA__UNROLL for (int c = 0; c < VECTORS; c++) PSA__(store)(u + c * W, PSA__(mul)(to[c], PSA__(splat)(unit)));
     }
     PSA__UNROLL for (int c = 0; c < VECTORS; c++) {
-        const PSA__V v = PSA__(load)(x + c * W);
+        const PSA__V v = PSA__(load)(u + c * W);
         squares = PSA__(fma)(v, v, squares);
     }
     square = PSA__(total)(squares);
-    if (psa__finite(square)) return square;
-    memset(x, 0, PSA__AXES * sizeof *x);
-    return 0;
-}
-
-/* u: of length 1, or 0; rows[n][PSA__AXES]: the points, less their mean */
-PSA__ALWAYS_INLINE PSA__TARGET void PSA__(direction)(const float *points, const int32_t *which, int64_t n, int steps,
-                                                     float *rows, float *u)
-{
-    float matrix[PSA__AXES * PSA__AXES], square;
-    PSA__V unit;
-    PSA__(centre)(points, which, n, rows);
-    PSA__(products)(rows, n, matrix);
-    for (int c = 0; c < PSA__AXES; c++) u[c] = rows[(n - 1) * PSA__AXES + c] - rows[c];
-    square = PSA__(power)(matrix, steps, u);
-    unit = PSA__(splat)(square > 0 ? 1.0f / sqrtf(square) : 0.0f);
-    PSA__UNROLL for (int c = 0; c < PSA__AXES; c += PSA__W) {
-        PSA__(store)(u + c, PSA__(mul)(PSA__(load)(u + c), unit));
+    unit = square > 0 ? 1.0f / sqrtf(square) : 0.0f;
+    PSA__UNROLL for (int c = 0; c < PSA__AXES; c += W) {
+        PSA__(store)(u + c, psa__finite(square) ? PSA__(mul)(PSA__(load)(u + c), PSA__(splat)(unit))
+                                                : PSA__(splat)(0.0f));
     }
-}
-
-static PSA__TARGET void PSA__(principal)(const float *points, const int32_t *which, int64_t n, int steps, float *u)
-{
-    float rows[PSA__TREE_NODE * PSA__AXES];
-    PSA__(direction)(points, which, n, steps, rows, u);
 }
 
 /* rank[i] = how many of a few values are below the i-th */
@@ -2112,18 +2103,22 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(rank_few)(const float *s, int64_t n, f
     }
 }
 
-static PSA__TARGET void PSA__(rank)(const float *points, int64_t n, int steps, uint8_t *rank)
+static PSA__TARGET void PSA__(sort)(const float *second, const float *points, int64_t n, int steps, int32_t *index)
 {
-    float u[PSA__AXES], rows[PSA__AXES * PSA__AXES], place[PSA__AXES], less[PSA__AXES];
-    int sum = 0;
-    PSA__(direction)(points, NULL, n, steps, rows, u);
-    memset(rows + n * PSA__AXES, 0, (size_t)((PSA__AXES - n) * PSA__AXES) * sizeof *rows);
-    PSA__(along)(u, rows, n, place);
+    float u[PSA__AXES], place[PSA__AXES], less[PSA__AXES];
+    int32_t was[PSA__AXES], rank[PSA__AXES];
+    int64_t sum = 0;
+    PSA__(principal)(second, n, points, points + (n - 1) * PSA__AXES, steps, u);
+    PSA__(along)(u, points, n, place);
     PSA__(rank_few)(place, n, less);
-    for (int64_t i = 0; i < n; i++) sum += rank[i] = (uint8_t)less[i];
-    for (int64_t i = 1; sum < n * (n - 1) / 2 && i < n; i++) { /* ties */
-        for (int64_t j = 0; j < i; j++) rank[i] = (uint8_t)(rank[i] + (place[j] == place[i]));
+    for (int64_t i = 0; i < n; i++) {
+        was[i] = index[i];
+        sum += rank[i] = (int32_t)less[i];
     }
+    for (int64_t i = 1; sum < n * (n - 1) / 2 && i < n; i++) { /* ties */
+        for (int64_t j = 0; j < i; j++) rank[i] += place[j] == place[i];
+    }
+    for (int64_t i = 0; i < n; i++) index[rank[i]] = was[i];
 }
 
 static PSA__TARGET int64_t PSA__(count_below)(const float *s, int64_t n, float x)
@@ -2481,9 +2476,9 @@ static const psa__leaves PSA__(leaves) = {
     "neon",
 #endif
     PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend),
-    PSA__(spread), PSA__(moments), PSA__(squares), PSA__(principal), PSA__(rank), PSA__(along), PSA__(part),
-    PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max),
-    PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(hull), PSA__(denormals_off),
+    PSA__(spread), PSA__(moments), PSA__(squares), PSA__(second), PSA__(principal), PSA__(along), PSA__(sort),
+    PSA__(part), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few),
+    PSA__(block_max), PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(hull), PSA__(denormals_off),
     PSA__(denormals_restore)};
 
 #undef PSA__
@@ -3365,11 +3360,13 @@ static void psa__query_moments(const psa_plan *p, const void *q, int64_t b, int6
 
 /* ---- trees: balanced bisection along the principal direction, down to groups of 8 ---- */
 
-/* The i-th of n out of `size`: one from each n-th part, at random, so that no grid of tokens falls in step. */
+/* The i-th of n out of `size`: one from each n-th part, where multiples of the golden ratio fall, so that no grid of
+ * tokens is in step. */
 static int64_t psa__tree_sample(int64_t i, int64_t n, int64_t size)
 {
     int64_t first = i * size / n, end = (i + 1) * size / n;
-    return first + (int64_t)((psa__random(0, (uint64_t)i) >> 32) * (uint64_t)(end - first) >> 32);
+    uint32_t place = (uint32_t)i * 0x9e3779b9u;
+    return first + (int64_t)(place * (uint64_t)(end - first) >> 32);
 }
 
 /* A sample of tokens first, ..., first + size - 1 of n_heads heads from h on, as f32, without those that are not
@@ -3450,38 +3447,57 @@ static int64_t psa__tree_cut(int64_t begin, int64_t end)
     return (end - 1) & -step;
 }
 
-/* Sorts n tokens, at most PSA__AXES: their points stay where they are, nobody needs them any more. */
-static void psa__tree_sort(const psa__leaves *f, const float *point, int64_t n, int32_t *index)
+/* Parts positions begin .. end-1 at their cut along u; point and index are those at `begin`. Returns how many are
+ * before the cut. */
+static int64_t psa__tree_part(const psa__leaves *f, psa__scratch *w, int64_t begin, int64_t end, const float *u,
+                              float *point, int32_t *index)
 {
-    uint8_t rank[PSA__AXES];
-    int32_t was[PSA__AXES];
-    f->rank(point, n, 2, rank);
-    memcpy(was, index, (size_t)n * sizeof *was);
-    for (int64_t i = 0; i < n; i++) index[rank[i]] = was[i];
+    int64_t left = psa__tree_cut(begin, end) - begin;
+    f->along(u, point, end - begin, w->place);
+    f->part(w->place, end - begin, left, w->move, point, index);
+    return left;
 }
 
-/* Splits positions begin .. end-1; point and index are those at `begin`. */
-static void psa__tree_split(const psa_plan *p, psa__scratch *w, int64_t begin, int64_t end, float *point,
-                            int32_t *index)
+/* Splits at most PSA__TREE_NODE positions whose second moments are known: one half's are summed, the other half's are
+ * the rest. */
+static void psa__tree_split_few(const psa__leaves *f, psa__scratch *w, int64_t begin, int64_t end,
+                                const float *origin, const float *second, float *point, int32_t *index)
 {
-    float u[PSA__AXES];
-    int32_t some[PSA__TREE_NODE];
+    float u[PSA__AXES], half[2][PSA__SECOND];
     int64_t n = end - begin, left;
     if (n <= PSA__AXES) {
-        if (n > 1) psa__tree_sort(p->leaves, point, n, index);
+        f->sort(second, point, n, 2, index); /* the points stay, nobody needs them any more */
         return;
     }
-    left = psa__tree_cut(begin, end) - begin;
+    f->principal(second, n, point, point + (n - 1) * PSA__AXES, 4, u);
+    left = psa__tree_part(f, w, begin, end, u, point, index);
+    f->second(point + left * PSA__AXES, NULL, n - left, origin, half[1]);
+    f->blend(half[0], second, 1.0f, half[1], -1.0f, PSA__SECOND);
+    psa__tree_split_few(f, w, begin, begin + left, origin, half[0], point, index);
+    psa__tree_split_few(f, w, begin + left, end, origin, half[1], point + left * PSA__AXES, index + left);
+}
+
+/* Splits positions begin .. end-1. */
+static void psa__tree_split(const psa__leaves *f, psa__scratch *w, int64_t begin, int64_t end, float *point,
+                            int32_t *index)
+{
+    float u[PSA__AXES], origin[PSA__AXES], second[PSA__SECOND];
+    int32_t some[PSA__TREE_NODE];
+    int64_t n = end - begin, left;
+    if (n < 2) return;
+    memcpy(origin, point, sizeof origin);
     if (n <= PSA__TREE_NODE) {
-        p->leaves->principal(point, NULL, n, 4, u);
-    } else {
-        for (int64_t i = 0; i < PSA__TREE_NODE; i++) some[i] = (int32_t)psa__tree_sample(i, PSA__TREE_NODE, n);
-        p->leaves->principal(point, some, PSA__TREE_NODE, 6, u);
+        f->second(point, NULL, n, origin, second);
+        psa__tree_split_few(f, w, begin, end, origin, second, point, index);
+        return;
     }
-    p->leaves->along(u, point, n, w->place);
-    p->leaves->part(w->place, n, left, w->move, point, index);
-    psa__tree_split(p, w, begin, begin + left, point, index);
-    psa__tree_split(p, w, begin + left, end, point + left * PSA__AXES, index + left);
+    for (int64_t i = 0; i < PSA__TREE_NODE; i++) some[i] = (int32_t)psa__tree_sample(i, PSA__TREE_NODE, n);
+    f->second(point, some, PSA__TREE_NODE, origin, second);
+    f->principal(second, PSA__TREE_NODE, point + some[0] * PSA__AXES, point + some[PSA__TREE_NODE - 1] * PSA__AXES, 6,
+                 u);
+    left = psa__tree_part(f, w, begin, end, u, point, index);
+    psa__tree_split(f, w, begin, begin + left, point, index);
+    psa__tree_split(f, w, begin + left, end, point + left * PSA__AXES, index + left);
 }
 
 /* Tokens first, ..., first + n - 1 of a head as points on the axes that are packed in w->qt; the n that follow are
@@ -3539,7 +3555,7 @@ static void psa__tree_head(const psa_plan *p, psa__scratch *w, const psa_tensor 
         good += psa__tree_finite(p->leaves, w, i, n, point, index + good, &bad);
     }
     memcpy(index + good, w->move, (size_t)bad * sizeof *index);
-    psa__tree_split(p, w, first, good, w->point, index + first);
+    psa__tree_split(p->leaves, w, first, good, w->point, index + first);
 }
 
 /* Axes of a head of the keys or of the queries, packed into w->qt: the directions in which tokens first .. end-1 differ

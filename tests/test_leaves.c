@@ -209,50 +209,98 @@ static double some_points(int round, float *x, int64_t n) {
     return mean;
 }
 
-static void check_principal(const psa__leaves *f, int round) {
-    int steps = rnd_int(0, 6), all = rnd_int(1, MOST), chosen = rnd_chance(50);
+/* The sums that `second` gives of n points, and how much they add up from. */
+static void second_moments(const float *x, int64_t n, const float *origin, double *want, double *size) {
+    for (int i = 0; i < PSA__SECOND; i++)
+        want[i] = size[i] = 0;
+    for (int64_t i = 0; i < n * PSA__SECOND; i++) {
+        const float *point = x + i / PSA__SECOND * AXES;
+        int at = (int)(i % PSA__SECOND), row = at / AXES, c = at % AXES;
+        double y = (double)point[c] - (double)origin[c], by = row < AXES ? (double)point[row] - (double)origin[row] : 1;
+        want[at] += y * by, size[at] += fabs(y * by);
+    }
+}
+
+static void check_second(const psa__leaves *f, int round) {
+    int all = rnd_int(1, MOST), chosen = rnd_chance(50);
     int64_t n = chosen ? rnd_int(1, PSA__TREE_NODE) : rnd_int(1, all < PSA__TREE_NODE ? all : PSA__TREE_NODE);
-    float *x = (float *)xmalloc((size_t)(all * AXES) * sizeof *x), some[PSA__TREE_NODE * AXES], u[AXES];
+    guarded memory = guarded_new(PSA__SECOND * sizeof(float), 0);
+    float *x = (float *)xmalloc((size_t)(all * AXES) * sizeof *x), some[PSA__TREE_NODE * AXES];
+    float *got = (float *)guarded_data(&memory);
+    double want[PSA__SECOND], size[PSA__SECOND];
     int32_t which[PSA__TREE_NODE];
-    double want[AXES], mean = some_points(round, x, all);
+    some_points(round, x, all);
     for (int64_t i = 0; i < n; i++) {
         which[i] = (int32_t)(chosen ? rnd_int(0, all - 1) : i);
         memcpy(some + i * AXES, x + which[i] * AXES, AXES * sizeof *x);
     }
-    f->principal(x, chosen ? which : NULL, n, steps, u);
-    power_steps(some, n, steps, want);
-    for (int c = 0; c < AXES; c++)
-        CHECK(fabs((double)u[c] - want[c]) < 4e-5 * (1 + fabs(mean)), "%s, %d steps, mean %g: axis %d is %g, not %g",
-              f->name, steps, mean, c, (double)u[c], want[c]);
+    f->second(x, chosen ? which : NULL, n, x, got);
+    second_moments(some, n, x, want, size);
+    for (int i = 0; i < PSA__SECOND; i++)
+        check_sum(f, "second", (double)got[i], want[i], size[i]);
+    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
+    guarded_free(&memory);
     free(x);
+}
+
+static void leaves_second(void) { every_isa(200, check_second); }
+
+/* Second moments as a leaf takes them, about the middle point. */
+static void some_second(const float *x, int64_t n, float *second) {
+    double exact[PSA__SECOND], size[PSA__SECOND];
+    second_moments(x, n, x + n / 2 * AXES, exact, size);
+    for (int i = 0; i < PSA__SECOND; i++)
+        second[i] = (float)exact[i];
+}
+
+static void check_principal(const psa__leaves *f, int round) {
+    int steps = rnd_int(0, 6);
+    int64_t n = rnd_int(1, PSA__TREE_NODE);
+    float x[PSA__TREE_NODE * AXES], second[PSA__SECOND], u[AXES];
+    double want[AXES], mean = some_points(round, x, n);
+    some_second(x, n, second);
+    f->principal(second, n, x, x + (n - 1) * AXES, steps, u);
+    power_steps(x, n, steps, want);
+    for (int c = 0; c < AXES; c++)
+        CHECK(fabs((double)u[c] - want[c]) < 4e-5, "%s, %d steps, mean %g: axis %d is %g, not %g", f->name, steps, mean,
+              c, (double)u[c], want[c]);
 }
 
 static void leaves_principal(void) { every_isa(200, check_principal); }
 
 /* Along the direction that power steps find; equal points keep their order. */
-static void check_rank(const psa__leaves *f, int round) {
+static void check_sort(const psa__leaves *f, int round) {
     int steps = rnd_int(0, 4);
     int64_t n = round % 2 ? AXES : rnd_int(1, AXES);
-    float x[AXES * AXES];
-    uint8_t rank[AXES];
+    guarded memory = guarded_new((size_t)n * sizeof(int32_t), 0);
+    int32_t *index = (int32_t *)guarded_data(&memory), rank[AXES];
+    float x[AXES * AXES] = {0}, second[PSA__SECOND];
     double u[AXES], place[AXES], mean = some_points(round, x, n);
     for (int64_t i = 1; i < n && round % 3 == 0; i++)
         if (rnd_chance(40))
             memcpy(x + i * AXES, x + rnd_int(0, (int)i - 1) * AXES, AXES * sizeof *x);
-    f->rank(x, n, steps, rank);
-    power_steps(x, n, steps, u), places(x, n, u, place);
     for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < i; j++) {
-            double apart = place[i] - place[j], close = 1e-4 * (1 + fabs(mean));
-            int same = !memcmp(x + i * AXES, x + j * AXES, AXES * sizeof *x);
-            CHECK(rank[i] < n && rank[i] != rank[j], "%s: ranks %d, %d of %d", f->name, rank[i], rank[j], (int)n);
-            CHECK(fabs(apart) < close ? !same || rank[i] > rank[j] : (rank[i] > rank[j]) == (apart > 0),
-                  "%s, %d steps: point %d, %g further than %d, has rank %d, that one %d", f->name, steps, (int)i, apart,
-                  (int)j, rank[i], rank[j]);
-        }
+        index[i] = (int32_t)i;
+    some_second(x, n, second);
+    f->sort(second, x, n, steps, index);
+    if (CHECK(is_permutation(index, n), "%s: indices are no permutation of %d", f->name, (int)n)) {
+        for (int64_t i = 0; i < n; i++)
+            rank[index[i]] = (int32_t)i;
+        power_steps(x, n, steps, u), places(x, n, u, place);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < i; j++) {
+                double apart = place[i] - place[j], close = 1e-4 * (1 + fabs(mean));
+                int same = !memcmp(x + i * AXES, x + j * AXES, AXES * sizeof *x);
+                CHECK(fabs(apart) < close ? !same || rank[i] > rank[j] : (rank[i] > rank[j]) == (apart > 0),
+                      "%s, %d steps: point %d, %g further than %d, is number %d, that one %d", f->name, steps, (int)i,
+                      apart, (int)j, rank[i], rank[j]);
+            }
+    }
+    CHECK(guarded_intact(&memory), "%s: guard bytes were written", f->name);
+    guarded_free(&memory);
 }
 
-static void leaves_rank(void) { every_isa(400, check_rank); }
+static void leaves_sort(void) { every_isa(400, check_sort); }
 
 /* Values of the kinds a projection has: spread out, few different ones, all equal, far out, next to each other. */
 static void projections(float *s, int64_t n, int kind) {
@@ -519,8 +567,9 @@ const test_case tests_leaves[] = {
     {"leaves/mean", leaves_mean},
     {"leaves/squares", leaves_squares},
     {"leaves/along", leaves_along},
+    {"leaves/second", leaves_second},
     {"leaves/principal", leaves_principal},
-    {"leaves/rank", leaves_rank},
+    {"leaves/sort", leaves_sort},
     {"leaves/part", leaves_part},
     {"leaves/part_odd", leaves_part_odd},
     {"leaves/block_error", leaves_block_error},
