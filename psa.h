@@ -924,11 +924,12 @@ typedef struct psa__leaves {
     float (*spread)(const float *m, const float *a, const float *b, int64_t n);
     void (*moments)(float *sum, float *square, const float *x, int64_t n); /* sum += x, square += x * x */
 
-    /* Trees. s[i] = row i . row i, for row pointers as in a tile. Points have PSA__AXES coordinates. second[PSA__SECOND]:
-     * the sums of y y^T and of y, y being a point less the origin, over n points (at most PSA__TREE_NODE): those in
-     * `which` or, if that is NULL, the first. u = their principal direction, after so many power steps from the last
-     * less the first. s[i] = u . point i. sort: n indices (at most PSA__AXES) along the principal direction, ties as
-     * they are. For along and sort there are points, and there is s, up to a multiple of 16. */
+    /* Trees. s[i] = row i . row i, for row pointers as in a tile. Points have PSA__AXES coordinates.
+     * second[PSA__SECOND]: the sums of y y^T and of y, y being a point less the origin, over n points (at most
+     * PSA__TREE_NODE): those in `which` or, if that is NULL, the first. u = their principal direction, after so many
+     * power steps from the last less the first. s[i] = u . point i. sort: n indices (at most PSA__AXES) along the
+     * principal direction, ties as they are. For along and sort there are points, and there is s, up to a multiple of
+     * 16. */
     void (*squares)(const float *const *rows, int64_t n, int64_t d, float *s);
     void (*second)(const float *points, const int32_t *which, int64_t n, const float *origin, float *second);
     void (*principal)(const float *second, int64_t n, const float *first, const float *last, int steps, float *u);
@@ -938,9 +939,9 @@ typedef struct psa__leaves {
      * overwritten; move: scratch of n + 16. */
     void (*part)(float *s, int64_t n, int64_t k, int32_t *move, float *points, int32_t *index);
 
-    /* qt = scale * rows^T with rows[nv * lanes][d]; rows = ot^T with lane i scaled by scale[i] */
-    void (*pack)(int nv, float *qt, const float *rows, int64_t d, float scale);
-    void (*unpack)(int nv, float *rows, const float *ot, int64_t dv, const float *scale);
+    /* qt = scale * rows^T, nv * lanes rows of d; rows = ot^T with lane i scaled by scale[i] */
+    void (*pack)(int nv, float *qt, const float *const *rows, int64_t d, float scale);
+    void (*unpack)(int nv, float *const *rows, const float *ot, int64_t dv, const float *scale);
 
     /* s = K Q^T + bias, top[nv * lanes] = its maxima over the keys. bias (padded as k) may be NULL: 0. Here and in pv
      * ahead may be NULL. */
@@ -1596,29 +1597,29 @@ static PSA__TARGET void PSA__(moments)(float *sum, float *square, const float *x
     for (; i < n; i++) sum[i] += x[i], square[i] += x[i] * x[i];
 }
 
-static PSA__TARGET void PSA__(pack)(int nv, float *qt, const float *rows, int64_t d, float scale)
+static PSA__TARGET void PSA__(pack)(int nv, float *qt, const float *const *rows, int64_t d, float scale)
 {
     const PSA__V factor = PSA__(splat)(scale);
     for (int j = 0; j < nv; j++) {
-        const float *from = rows + (int64_t)j * PSA__W * d;
+        const float *const *from = rows + j * PSA__W;
         int64_t x = 0;
         for (; x + PSA__W <= d; x += PSA__W) {
             PSA__V r[PSA__W];
-            PSA__UNROLL for (int i = 0; i < PSA__W; i++) r[i] = PSA__(mul)(PSA__(load)(from + i * d + x), factor);
+            PSA__UNROLL for (int i = 0; i < PSA__W; i++) r[i] = PSA__(mul)(PSA__(load)(from[i] + x), factor);
             PSA__(transpose)(r);
             PSA__UNROLL for (int i = 0; i < PSA__W; i++) PSA__(store)(qt + ((x + i) * nv + j) * PSA__W, r[i]);
         }
         for (; x < d; x++) {
-            for (int i = 0; i < PSA__W; i++) qt[(x * nv + j) * PSA__W + i] = from[i * d + x] * scale;
+            for (int i = 0; i < PSA__W; i++) qt[(x * nv + j) * PSA__W + i] = from[i][x] * scale;
         }
     }
 }
 
-static PSA__TARGET void PSA__(unpack)(int nv, float *rows, const float *ot, int64_t dv, const float *scale)
+static PSA__TARGET void PSA__(unpack)(int nv, float *const *rows, const float *ot, int64_t dv, const float *scale)
 {
     for (int j = 0; j < nv; j++) {
         const PSA__V factor = PSA__(load)(scale + j * PSA__W);
-        float *to = rows + (int64_t)j * PSA__W * dv;
+        float *const *to = rows + j * PSA__W;
         int64_t x = 0;
         for (; x + PSA__W <= dv; x += PSA__W) {
             PSA__V r[PSA__W];
@@ -1626,11 +1627,11 @@ static PSA__TARGET void PSA__(unpack)(int nv, float *rows, const float *ot, int6
                 r[i] = PSA__(mul)(PSA__(load)(ot + ((x + i) * nv + j) * PSA__W), factor);
             }
             PSA__(transpose)(r);
-            PSA__UNROLL for (int i = 0; i < PSA__W; i++) PSA__(store)(to + i * dv + x, r[i]);
+            PSA__UNROLL for (int i = 0; i < PSA__W; i++) PSA__(store)(to[i] + x, r[i]);
         }
         for (; x < dv; x++) {
             for (int i = 0; i < PSA__W; i++) {
-                to[i * dv + x] = ot[(x * nv + j) * PSA__W + i] * scale[j * PSA__W + i];
+                to[i][x] = ot[(x * nv + j) * PSA__W + i] * scale[j * PSA__W + i];
             }
         }
     }
@@ -3236,10 +3237,15 @@ static const char *psa__row(const psa_tensor *t, const psa_order *o, const void 
     return (const char *)data + psa__offset(t, b, h, psa__token_at(o, b, h, i));
 }
 
+static int psa__f32_in_place(const psa_tensor *t, const void *row)
+{
+    return t->type == PSA_F32 && (uintptr_t)row % sizeof(float) == 0;
+}
+
 /* The row as f32: where it lies if it can be read there, else converted into space. */
 static const float *psa__row_f32(const psa_plan *p, const psa_tensor *t, const char *row, float *space)
 {
-    if (t->type == PSA_F32 && (uintptr_t)row % sizeof(float) == 0) return (const float *)(const void *)row;
+    if (psa__f32_in_place(t, row)) return (const float *)(const void *)row;
     p->leaves->to_f32(space, row, t->type, t->ne[0]);
     return space;
 }
@@ -3405,10 +3411,11 @@ static void psa__tree_spread(const psa_plan *p, psa__scratch *w, const float *ro
     const psa__leaves *f = p->leaves;
     int nv = psa__axes_nv(f);
     int64_t d = p->D, width = nv * f->lanes;
-    float one[PSA__AXES];
-    for (int i = 0; i < PSA__AXES; i++) one[i] = 1.0f;
+    float one[PSA__AXES], *to_row[PSA__AXES];
+    const float *row[PSA__AXES];
+    for (int i = 0; i < PSA__AXES; i++) one[i] = 1.0f, row[i] = from + i * d, to_row[i] = to + i * d;
     for (int64_t axis = 0; axis < PSA__AXES; axis += width) {
-        f->pack(nv, w->qt, from + axis * d, d, 1.0f);
+        f->pack(nv, w->qt, row + axis, d, 1.0f);
         memset(w->ot, 0, (size_t)(width * d) * sizeof(float));
         for (int64_t i = 0; i < n; i += PSA__TILE_K) {
             int64_t m = psa__min(PSA__TILE_K, n - i);
@@ -3416,7 +3423,7 @@ static void psa__tree_spread(const psa_plan *p, psa__scratch *w, const float *ro
             f->qk(nv, w->qt, w->kp, m, d, NULL, w->s, w->top, NULL);
             f->pv(nv, w->s, w->kp, m, d, w->ot, NULL);
         }
-        f->unpack(nv, to + axis * d, w->ot, d, one);
+        f->unpack(nv, to_row + axis, w->ot, d, one);
     }
 }
 
@@ -3568,6 +3575,7 @@ static void psa__tree_axes(const psa_plan *p, const void *q, const void *k, int 
     int64_t d = p->D, group = p->Hq / p->Hkv, n, seen = 0;
     int logit = p->desc.metric == PSA_METRIC_LOGIT, nv = psa__axes_nv(f);
     float *axes = w->axes[logit], size;
+    const float *row[PSA__AXES];
     n = psa__tree_gather(p, keys ? &p->k : &p->q, keys ? k : q, b, h, 1, first, end - first, 1, w->sample[0]);
     if (logit && keys) seen = psa__tree_gather(p, &p->q, q, b, h * group, group, 0, p->Nq, 0, w->sample[1]);
     else if (logit) seen = psa__tree_gather(p, &p->k, k, b, h / group, 1, 0, p->Nk, 1, w->sample[1]);
@@ -3582,7 +3590,8 @@ static void psa__tree_axes(const psa_plan *p, const void *q, const void *k, int 
     }
     size = sqrtf(f->dot(axes, axes, PSA__AXES * d));
     f->scale(axes, size > 0 ? 1.0f / size : 0.0f, PSA__AXES * d); /* no point is longer than its row */
-    for (int64_t i = 0; i < PSA__AXES; i += nv * f->lanes) f->pack(nv, w->qt + i * d, axes + i * d, d, 1.0f);
+    for (int i = 0; i < PSA__AXES; i++) row[i] = axes + i * d;
+    for (int64_t i = 0; i < PSA__AXES; i += nv * f->lanes) f->pack(nv, w->qt + i * d, row + i, d, 1.0f);
 }
 
 /* The tree of a head of the keys or of the queries. */
@@ -3874,8 +3883,10 @@ static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__
     int64_t lane = 0;
     for (int t = 0; t < tiles->n; t++) {
         int64_t next = lane + tiles->nv[t] * p->leaves->lanes, begin = psa__max(n, lane);
+        const float *row[64];
         if (next > begin) memset(w->rows + begin * d, 0, (size_t)((next - begin) * d) * sizeof(float));
-        p->leaves->pack(tiles->nv[t], w->qt + lane * d, w->rows + lane * d, d, scale);
+        for (int64_t i = lane; i < next; i++) row[i - lane] = w->rows + i * d;
+        p->leaves->pack(tiles->nv[t], w->qt + lane * d, row, d, scale);
         lane = next;
     }
     return lane;
@@ -4876,15 +4887,6 @@ static int64_t psa__task_rows(const psa__stream *st, const psa_tensor *t, const 
     return n * st->heads;
 }
 
-/* n rows of out from the block's row `first` on. */
-static void psa__write_rows(psa__stream *st, int64_t first, int64_t n, const float *rows)
-{
-    const psa_tensor *out = &st->p->out;
-    for (int64_t i = 0; i < n; i++, rows += st->p->Dv) {
-        st->p->leaves->from_f32((void *)(uintptr_t)st->out[first + i], out->type, rows, 1.0f, st->p->Dv);
-    }
-}
-
 static void psa__write_lse(psa__stream *st, int64_t h, float *lse)
 {
     const psa_plan *p = st->p;
@@ -4895,68 +4897,69 @@ static void psa__write_lse(psa__stream *st, int64_t h, float *lse)
     }
 }
 
-/* Writes out: w.l has the softmax denominators of the lanes. */
+/* Writes out: w.l has the softmax denominators of the lanes. Tiles are unpacked to out itself if it is f32. */
 static void psa__write_out(psa__stream *st, int64_t lanes)
 {
     const psa__leaves *f = st->p->leaves;
+    const psa_tensor *out = &st->p->out;
     psa__scratch *w = &st->w;
     int64_t dv = st->p->Dv;
-    for (int64_t i = 0; i < lanes; i++) w->l[i] = w->l[i] == 0.0f ? 0.0f : 1.0f / w->l[i];
-    for (int64_t i = 0; i < st->width; i++) f->scale(w->ot + i * dv, w->l[i], dv);
-    if (st->width) psa__write_rows(st, 0, st->n, w->ot);
+    float *row[PSA_MAX_BLOCK_Q];
+    for (int64_t i = 0; i < lanes; i++) {
+        int in_place = !st->width && i < st->n && psa__f32_in_place(out, st->out[i]);
+        row[i] = in_place ? (float *)(uintptr_t)st->out[i] : (st->width ? w->ot : w->rows) + i * dv;
+        w->l[i] = w->l[i] == 0.0f ? 0.0f : 1.0f / w->l[i];
+        if (st->width) f->scale(row[i], w->l[i], dv);
+    }
     for (int64_t t = 0, lane = 0; t < st->tiles.n; t++) {
-        int64_t width = st->tiles.nv[t] * f->lanes;
-        f->unpack(st->tiles.nv[t], w->rows, w->ot + lane * dv, dv, w->l + lane);
-        psa__write_rows(st, lane, psa__min(width, st->n - lane), w->rows);
-        lane += width;
+        f->unpack(st->tiles.nv[t], row + lane, w->ot + lane * dv, dv, w->l + lane);
+        lane += st->tiles.nv[t] * f->lanes;
+    }
+    for (int64_t i = 0; i < st->n; i++) {
+        if (row[i] != st->out[i]) f->from_f32((void *)(uintptr_t)st->out[i], out->type, row[i], 1.0f, dv);
     }
 }
 
-/* `width` rows of q from the block's row `first` on, to w.rows; zeros beyond the last. */
-static void psa__load_rows(psa__stream *st, int64_t first, int64_t width)
-{
-    const psa_plan *p = st->p;
-    int64_t n = psa__min(width, st->n - first);
-    float *to = st->w.rows;
-    for (int64_t i = 0; i < n; i++, to += p->D) p->leaves->to_f32(to, st->q[first + i], p->q.type, p->D);
-    if (n < width) memset(to, 0, (size_t)((width - n) * p->D) * sizeof(float));
-}
-
-/* The scratch's query rows, scaled, to w.qt, as psa__few reads them. */
-static void psa__place_few(psa__stream *st, float scale)
+/* The query rows, scaled, to w.qt, as psa__few reads them. */
+static void psa__place_few(psa__stream *st, const float *const *row, float scale)
 {
     const psa_plan *p = st->p;
     float *to = st->w.qt;
     for (int64_t at = 0, lanes = 0; at < p->D; at += lanes) {
         lanes = psa__min(p->leaves->lanes, p->D - at);
         for (int64_t i = 0; i < st->width; i++, to += lanes) {
-            for (int64_t x = 0; x < lanes; x++) to[x] = scale * st->w.rows[i * p->D + at + x];
+            for (int64_t x = 0; x < lanes; x++) to[x] = scale * row[i][at + x];
         }
     }
 }
 
-/* The block's query rows, scaled, to w.qt, in tiles or for psa__few. Returns the lanes they take. */
+/* The block's query rows, scaled, to w.qt, in tiles or for psa__few; lanes beyond the last are 0. Returns the lanes
+ * that they take. */
 static int64_t psa__place_queries(psa__stream *st)
 {
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
-    int64_t lane = 0;
+    const float *row[PSA_MAX_BLOCK_Q];
+    int64_t lanes = 0;
     st->tiles = psa__tiles_of(p->leaves, st->n);
     st->width = 0;
     if (st->n <= p->leaves->lanes) {
         st->tiles.n = 0;
         for (st->width = 1; st->width < st->n;) st->width *= 2;
-        psa__load_rows(st, 0, st->width);
-        psa__place_few(st, scale);
-        return st->width;
+        lanes = st->width;
     }
-    for (int t = 0; t < st->tiles.n; t++) {
-        int64_t width = st->tiles.nv[t] * p->leaves->lanes;
-        psa__load_rows(st, lane, width);
-        p->leaves->pack(st->tiles.nv[t], st->w.qt + lane * p->D, st->w.rows, p->D, scale);
-        lane += width;
+    for (int t = 0; t < st->tiles.n; t++) lanes += st->tiles.nv[t] * p->leaves->lanes;
+    for (int64_t i = 0; i < lanes; i++) {
+        float *space = st->w.rows + i * p->D;
+        row[i] = i < st->n ? psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], space) : space;
+        if (i >= st->n) memset(space, 0, (size_t)p->D * sizeof(float));
     }
-    return lane;
+    if (st->width) psa__place_few(st, row, scale);
+    for (int64_t t = 0, lane = 0; t < st->tiles.n; t++) {
+        p->leaves->pack(st->tiles.nv[t], st->w.qt + lane * p->D, row + lane, p->D, scale);
+        lane += st->tiles.nv[t] * p->leaves->lanes;
+    }
+    return lanes;
 }
 
 /* One query block, of st->heads heads from h on. */
