@@ -256,6 +256,92 @@ static void tree_tight(void) {
     }
 }
 
+typedef struct placed {
+    double place;
+    int32_t index;
+} placed;
+
+static int by_place(const void *a, const void *b) {
+    const placed *x = (const placed *)a, *y = (const placed *)b;
+    return x->place < y->place ? -1 : x->place > y->place;
+}
+
+/* Places of n tokens along their principal direction, found from all of them. */
+static void principal_places(const double *x, int64_t D, placed *token, int64_t n) {
+    double mean[PSA_MAX_D] = {0}, u[PSA_MAX_D], next[PSA_MAX_D], norm;
+    for (int64_t i = 0; i < n * D; i++)
+        mean[i % D] += x[token[i / D].index * D + i % D] / (double)n;
+    for (int64_t d = 0; d < D; d++)
+        u[d] = rnd_normal();
+    for (int step = 0; step < 40; step++) {
+        norm = 0;
+        memset(next, 0, sizeof next);
+        for (int64_t i = 0; i < n; i++) {
+            const double *row = x + token[i].index * D;
+            token[i].place = 0;
+            for (int64_t d = 0; d < D; d++)
+                token[i].place += u[d] * (row[d] - mean[d]);
+            for (int64_t d = 0; d < D; d++)
+                next[d] += token[i].place * (row[d] - mean[d]);
+        }
+        for (int64_t d = 0; d < D; d++)
+            norm += next[d] * next[d];
+        for (int64_t d = 0; d < D; d++)
+            u[d] = norm > 0 ? next[d] / sqrt(norm) : 0;
+    }
+}
+
+/* The tree of positions begin .. end-1 from exact directions; token: those at `begin`. */
+static void exact_tree(const double *x, int64_t D, int64_t begin, int64_t end, placed *token) {
+    int64_t step = 1;
+    if (end - begin < 2)
+        return;
+    principal_places(x, D, token, end - begin);
+    qsort(token, (size_t)(end - begin), sizeof *token, by_place);
+    if (end - begin <= 16)
+        return;
+    while ((end - 1) / (2 * step) * (2 * step) > begin)
+        step *= 2;
+    int64_t cut = (end - 1) / step * step;
+    exact_tree(x, D, begin, cut, token);
+    exact_tree(x, D, cut, end, token + (cut - begin));
+}
+
+/* Sampled nodes, few power steps and moments by difference leave groups nearly as tight as exact directions do. */
+static void tree_exact(void) {
+    double ones[PSA_MAX_D];
+    for (int d = 0; d < PSA_MAX_D; d++)
+        ones[d] = 1;
+    for (int r = 0; r < test_rounds(8); r++) {
+        rnd_round(r);
+        setup s;
+        shape x = shape_one_head();
+        psa_desc desc = desc_tree(&x);
+        x.Nk = rnd_int(500, 5000);
+        desc.tree = PSA_TREE_KV, desc.metric = PSA_METRIC_EUCLID, desc.n_prefix = desc.n_suffix = 0;
+        if (!setup_init(&s, &desc, &x))
+            continue;
+        placed *token = (placed *)xmalloc((size_t)x.Nk * sizeof *token);
+        int32_t *index = (int32_t *)xmalloc((size_t)x.Nk * sizeof *index);
+        for (int64_t i = 0; i < x.Nk * x.D; i++) /* elements that differ less and less */
+            tensor_set(&s.k, i % x.D, i / x.D, 0, 0, rnd_normal() / (double)(1 + i % x.D));
+        run_prepare(&s, 1);
+        for (int64_t i = 0; i < x.Nk; i++)
+            token[i].index = (int32_t)i;
+        exact_tree(s.k.x, x.D, 0, x.Nk, token);
+        for (int64_t i = 0; i < x.Nk; i++)
+            index[i] = token[i].index;
+        for (int L = 8; L <= 128; L *= 4) {
+            double got = looseness(s.k.x, tree_order(&s, 1).index, x.Nk, x.D, ones, L);
+            double want = looseness(s.k.x, index, x.Nk, x.D, ones, L);
+            CHECK(got < 1.08 * want, "%d tokens, groups of %d: variance %g, with exact directions %g", (int)x.Nk, L, got,
+                  want);
+        }
+        free(token), free(index);
+        setup_free(&s);
+    }
+}
+
 /* Queries that look at two elements only: the logit metric makes the logits of a block alike, Euclid's cannot know. */
 static void tree_metric(void) {
     for (int r = 0; r < test_rounds(20); r++) {
@@ -485,6 +571,7 @@ const test_case tests_tree[] = {
     {"tree/long", tree_long},
     {"tree/heads", tree_heads},
     {"tree/tight", tree_tight},
+    {"tree/exact", tree_exact},
     {"tree/metric", tree_metric},
     {"tree/equals_order", tree_equals_order},
     {"tree/attention", tree_attention},
