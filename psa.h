@@ -2007,9 +2007,10 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(less_origin)(const float *points, cons
         PSA__UNROLL for (int x = 0; x < 4 * VECTORS; x++) {
             const int64_t row = i + x / VECTORS, c = x % VECTORS * PSA__W;
             if (row < n) {
-                const PSA__V y = PSA__(load)(points + (which ? which[row] : row) * PSA__AXES + c);
-                PSA__(store)(to + row * PSA__AXES + c, PSA__(sub)(y, zero[c / PSA__W]));
-                sum[x] = PSA__(add)(sum[x], PSA__(sub)(y, zero[c / PSA__W]));
+                const float *point = points + (which ? which[row] : row) * PSA__AXES;
+                const PSA__V y = PSA__(sub)(PSA__(load)(point + c), zero[c / PSA__W]);
+                PSA__(store)(to + row * PSA__AXES + c, y);
+                sum[x] = PSA__(add)(sum[x], y);
             }
         }
     }
@@ -3281,10 +3282,9 @@ static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *dat
     const psa_order *o = &p->desc.order_k;
     const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
     const char *head = (const char *)data + psa__offset(t, b, hkv, 0);
-    int in_place = !space || (t->type == PSA_F32 && ((uintptr_t)head | t->nb[1]) % sizeof(float) == 0);
     for (int64_t i = 0; i < n; i++) {
         const char *row = head + (size_t)(index ? index[i] : begin + i) * t->nb[1];
-        rows[i] = in_place ? (const float *)(const void *)row : psa__row_f32(p, t, row, space + i * t->ne[0]);
+        rows[i] = space ? psa__row_f32(p, t, row, space + i * t->ne[0]) : (const float *)(const void *)row;
     }
 }
 
@@ -3492,14 +3492,14 @@ static void psa__tree_split(const psa__leaves *f, psa__scratch *w, int64_t begin
     int32_t some[PSA__TREE_NODE];
     int64_t n = end - begin, left;
     if (n < 2) return;
-    memcpy(origin, point, sizeof origin);
     if (n <= PSA__TREE_NODE) {
+        memcpy(origin, point, sizeof origin);
         f->second(point, NULL, n, origin, second);
         psa__tree_split_few(f, w, begin, end, origin, second, point, index);
         return;
     }
     for (int64_t i = 0; i < PSA__TREE_NODE; i++) some[i] = (int32_t)psa__tree_sample(i, PSA__TREE_NODE, n);
-    f->second(point, some, PSA__TREE_NODE, origin, second);
+    f->second(point, some, PSA__TREE_NODE, point, second);
     f->principal(second, PSA__TREE_NODE, point + some[0] * PSA__AXES, point + some[PSA__TREE_NODE - 1] * PSA__AXES, 6,
                  u);
     left = psa__tree_part(f, w, begin, end, u, point, index);
@@ -3876,20 +3876,19 @@ static psa__tiles psa__tiles_of(const psa__leaves *f, int64_t lanes)
     return t;
 }
 
-/* Packs the first n of the scratch's rows (width d) into query tiles; lanes beyond n are zero. */
-static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__tiles *tiles, int64_t n, int64_t d,
-                                 float scale)
+/* Packs n rows (width d) into query tiles; the lanes beyond n are zero, their rows those of the scratch. row has room
+ * for all lanes. Returns how many there are. */
+static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__tiles *tiles, const float **row,
+                                 int64_t n, int64_t d, float scale)
 {
-    int64_t lane = 0;
+    int64_t lanes = psa__ceil_div(n, p->leaves->lanes) * p->leaves->lanes, lane = 0;
+    memset(w->rows + n * d, 0, (size_t)((lanes - n) * d) * sizeof(float));
+    for (int64_t i = n; i < lanes; i++) row[i] = w->rows + i * d;
     for (int t = 0; t < tiles->n; t++) {
-        int64_t next = lane + tiles->nv[t] * p->leaves->lanes, begin = psa__max(n, lane);
-        const float *row[64];
-        if (next > begin) memset(w->rows + begin * d, 0, (size_t)((next - begin) * d) * sizeof(float));
-        for (int64_t i = lane; i < next; i++) row[i - lane] = w->rows + i * d;
-        p->leaves->pack(tiles->nv[t], w->qt + lane * d, row, d, scale);
-        lane = next;
+        p->leaves->pack(tiles->nv[t], w->qt + lane * d, row + lane, d, scale);
+        lane += tiles->nv[t] * p->leaves->lanes;
     }
-    return lane;
+    return lanes;
 }
 
 /* Offset of the i-th sampled token in a block of n tokens, or -1 if there is none. A ragged block leaves out offsets
@@ -4189,13 +4188,15 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     int norm = !sample || desc->score_norm, sums = norm || !use_max;
     float scale = (float)(desc->scale * PSA__LOG2E);
     psa__tiles tiles;
+    const float *queries[PSA_MAX_BLOCK_Q];
     for (int64_t x = 0; x < m; x++) lanes = psa__score_queries(p, q, b, h, iq + x, lanes, w);
     tiles = psa__tiles_of(p->leaves, lanes);
     if (desc->score == PSA_SCORE_ANTIDIAGONAL) {
         d *= desc->stride;
         scale /= (float)desc->stride;
     }
-    padded = psa__pack_queries(p, w, &tiles, lanes, d, scale);
+    for (int64_t i = 0; i < lanes; i++) queries[i] = w->rows + i * d;
+    padded = psa__pack_queries(p, w, &tiles, queries, lanes, d, scale);
     for (int64_t jk = 0; jk < n; jk += batch) {
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
@@ -4920,7 +4921,7 @@ static void psa__write_out(psa__stream *st, int64_t lanes)
     }
 }
 
-/* The query rows, scaled, to w.qt, as psa__few reads them. */
+/* The query rows, scaled, to w.qt, as psa__few reads them; those beyond the last are 0. */
 static void psa__place_few(psa__stream *st, const float *const *row, float scale)
 {
     const psa_plan *p = st->p;
@@ -4928,38 +4929,27 @@ static void psa__place_few(psa__stream *st, const float *const *row, float scale
     for (int64_t at = 0, lanes = 0; at < p->D; at += lanes) {
         lanes = psa__min(p->leaves->lanes, p->D - at);
         for (int64_t i = 0; i < st->width; i++, to += lanes) {
-            for (int64_t x = 0; x < lanes; x++) to[x] = scale * row[i][at + x];
+            for (int64_t x = 0; x < lanes; x++) to[x] = i < st->n ? scale * row[i][at + x] : 0.0f;
         }
     }
 }
 
-/* The block's query rows, scaled, to w.qt, in tiles or for psa__few; lanes beyond the last are 0. Returns the lanes
- * that they take. */
+/* The block's query rows, scaled, to w.qt, in tiles or for psa__few. Returns the lanes that they take. */
 static int64_t psa__place_queries(psa__stream *st)
 {
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
     const float *row[PSA_MAX_BLOCK_Q];
-    int64_t lanes = 0;
+    for (int64_t i = 0; i < st->n; i++) {
+        row[i] = psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], st->w.rows + i * p->D);
+    }
     st->tiles = psa__tiles_of(p->leaves, st->n);
     st->width = 0;
-    if (st->n <= p->leaves->lanes) {
-        st->tiles.n = 0;
-        for (st->width = 1; st->width < st->n;) st->width *= 2;
-        lanes = st->width;
-    }
-    for (int t = 0; t < st->tiles.n; t++) lanes += st->tiles.nv[t] * p->leaves->lanes;
-    for (int64_t i = 0; i < lanes; i++) {
-        float *space = st->w.rows + i * p->D;
-        row[i] = i < st->n ? psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], space) : space;
-        if (i >= st->n) memset(space, 0, (size_t)p->D * sizeof(float));
-    }
-    if (st->width) psa__place_few(st, row, scale);
-    for (int64_t t = 0, lane = 0; t < st->tiles.n; t++) {
-        p->leaves->pack(st->tiles.nv[t], st->w.qt + lane * p->D, row + lane, p->D, scale);
-        lane += st->tiles.nv[t] * p->leaves->lanes;
-    }
-    return lanes;
+    if (st->n > p->leaves->lanes) return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale);
+    st->tiles.n = 0;
+    for (st->width = 1; st->width < st->n;) st->width *= 2;
+    psa__place_few(st, row, scale);
+    return st->width;
 }
 
 /* One query block, of st->heads heads from h on. */

@@ -195,7 +195,8 @@ static void tree_heads(void) {
 
 /* ---- blocks are tight ---- */
 
-/* Sum over groups of L tokens in this order of the squared distances to their mean, weighted: sum_d m_d x_d^2. */
+/* Sum over groups of L tokens in this order of the squared distances to their mean, weighted: sum_d m_d x_d^2; m NULL:
+ * all 1. */
 static double looseness(const double *x, const int32_t *index, int64_t N, int64_t D, const double *m, int64_t L) {
     double sum = 0;
     for (int64_t t = 0; t < N; t += L)
@@ -205,7 +206,7 @@ static double looseness(const double *x, const int32_t *index, int64_t N, int64_
                 double value = x[(index ? index[p] : p) * D + d];
                 mean += value, square += value * value;
             }
-            sum += m[d] * (square - mean * mean / n);
+            sum += (m ? m[d] : 1) * (square - mean * mean / n);
         }
     return sum;
 }
@@ -232,9 +233,6 @@ static shape shape_one_head(void) {
 
 /* Clusters larger than a block: inside a block hardly more than the noise is left, in groups of 8 too. */
 static void tree_tight(void) {
-    double ones[PSA_MAX_D];
-    for (int d = 0; d < PSA_MAX_D; d++)
-        ones[d] = 1;
     for (int r = 0; r < test_rounds(30); r++) {
         rnd_round(r);
         setup s;
@@ -248,8 +246,8 @@ static void tree_tight(void) {
         for (int keys = 0; keys < 2; keys++)
             for (int L = 8; L <= 64; L *= 8) {
                 const tensor *t = keys ? &s.k : &s.q;
-                double before = looseness(t->x, NULL, t->t.ne[1], x.D, ones, L);
-                double after = looseness(t->x, tree_order(&s, keys).index, t->t.ne[1], x.D, ones, L);
+                double before = looseness(t->x, NULL, t->t.ne[1], x.D, NULL, L);
+                double after = looseness(t->x, tree_order(&s, keys).index, t->t.ne[1], x.D, NULL, L);
                 CHECK(after < .5 * before, "keys %d, groups of %d: variance %g, before %g", keys, L, after, before);
             }
         setup_free(&s);
@@ -309,9 +307,6 @@ static void exact_tree(const double *x, int64_t D, int64_t begin, int64_t end, p
 
 /* Sampled nodes, few power steps and moments by difference leave groups nearly as tight as exact directions do. */
 static void tree_exact(void) {
-    double ones[PSA_MAX_D];
-    for (int d = 0; d < PSA_MAX_D; d++)
-        ones[d] = 1;
     for (int r = 0; r < test_rounds(8); r++) {
         rnd_round(r);
         setup s;
@@ -332,10 +327,10 @@ static void tree_exact(void) {
         for (int64_t i = 0; i < x.Nk; i++)
             index[i] = token[i].index;
         for (int L = 8; L <= 128; L *= 4) {
-            double got = looseness(s.k.x, tree_order(&s, 1).index, x.Nk, x.D, ones, L);
-            double want = looseness(s.k.x, index, x.Nk, x.D, ones, L);
-            CHECK(got < 1.08 * want, "%d tokens, groups of %d: variance %g, with exact directions %g", (int)x.Nk, L, got,
-                  want);
+            double got = looseness(s.k.x, tree_order(&s, 1).index, x.Nk, x.D, NULL, L);
+            double want = looseness(s.k.x, index, x.Nk, x.D, NULL, L);
+            CHECK(got < 1.08 * want, "%d tokens, groups of %d: variance %g, with exact directions %g", (int)x.Nk, L,
+                  got, want);
         }
         free(token), free(index);
         setup_free(&s);
