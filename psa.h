@@ -671,10 +671,13 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 
 #if defined(__clang__)
 #define PSA__UNROLL _Pragma("clang loop unroll(full)")
+#define PSA__UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
 #elif defined(__GNUC__)
 #define PSA__UNROLL _Pragma("GCC unroll 16")
+#define PSA__UNROLL_BY_4 _Pragma("GCC unroll 4")
 #else
 #define PSA__UNROLL
+#define PSA__UNROLL_BY_4
 #endif
 
 #define PSA__LOG2E 1.44269504088896340736
@@ -992,7 +995,7 @@ typedef struct psa__leaves {
 #elif defined(PSA__X86) && (defined(__GNUC__) || defined(__clang__))
 #define PSA__SIMD 1
 #define PSA__TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define PSA__TARGET_AVX512 __attribute__((target("avx512f,avx2,fma,f16c")))
+#define PSA__TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx2,fma,f16c")))
 /* Keeps gcc from folding a load into each of its uses, which makes the tiles bound by the load ports. */
 #define PSA__HOLD(x) __asm__("" : "+v"(x))
 #elif defined(PSA__X86) && defined(_MSC_VER)
@@ -1259,16 +1262,14 @@ PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(from_lane)(int first, __m512 x, __m5
 
 PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(exp2)(__m512 x)
 {
-    const __m512 round = _mm512_set1_ps(12582912.0f);     /* 1.5 * 2^23 */
-    __m512 c = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* NaN passes; -inf must not meet -inf below */
-    __m512 r = _mm512_sub_ps(_mm512_add_ps(c, round), round), f = _mm512_sub_ps(c, r);
-    __m512 p = _mm512_set1_ps(1.3264727e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6715127e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5507337e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314698e-1f));
+    const __m512 f = _mm512_reduce_ps(x, 0x09); /* x - floor(x), of infinities 0; scalef rounds down too */
+    __m512 p = _mm512_set1_ps(1.86713017e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.01702978e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.57999127e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40164444e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93151295e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, r);
+    return _mm512_scalef_ps(p, x);
 }
 
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(transpose)(__m512 *r)
@@ -1654,7 +1655,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float
             row[i] = k[key + i];
             PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(splat)(bias ? bias[key + i] : 0.0f);
         }
-        for (int64_t x = 0; x < d; x++) {
+        PSA__UNROLL_BY_4 for (int64_t x = 0; x < d; x++) {
             PSA__V q[PSA__NV];
             PSA__UNROLL for (int j = 0; j < nv; j++) {
                 q[j] = PSA__(load)(qt + (x * nv + j) * PSA__W);
@@ -1687,7 +1688,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float
         PSA__UNROLL for (int i = 0; i < rows; i++) {
             PSA__UNROLL for (int j = 0; j < nv; j++) acc[i][j] = PSA__(load)(o + (i * nv + j) * PSA__W);
         }
-        for (int64_t key = 0; key < n; key++) {
+        PSA__UNROLL_BY_4 for (int64_t key = 0; key < n; key++) {
             const float *row = v[key] + x;
             PSA__V p[PSA__NV];
             PSA__UNROLL for (int j = 0; j < nv; j++) {
@@ -1891,7 +1892,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(few_pv)(psa_type type, int n, int cols
     PSA__UNROLL for (int i = 0; i < n * cols; i++) {
         acc[i] = PSA__(load_lanes)(lanes, PSA_F32, o + i / cols * x->dv, i % cols * PSA__W);
     }
-    for (int64_t key = 0; key < x->n; key++, p += n) {
+    PSA__UNROLL_BY_4 for (int64_t key = 0; key < x->n; key++, p += n) {
         const char *v = (const char *)(const void *)x->v[key] + at * size;
         const char *next = (const char *)(const void *)x->next_k[key] + at * size;
         PSA__V vx[8];
@@ -2557,7 +2558,7 @@ PSA__DEF psa_isa psa_isa_detect(void)
     saved = psa__xgetbv();
     psa__cpuid(7, r);
     if ((saved & 0x06) != 0x06 || !(r[1] & 1u << 5)) return PSA_ISA_SCALAR; /* YMM state, AVX2 */
-    return (saved & 0xe6) == 0xe6 && (r[1] & 1u << 16) ? PSA_ISA_AVX512 : PSA_ISA_AVX2;
+    return (saved & 0xe6) == 0xe6 && !(~r[1] & (1u << 16 | 1u << 17)) ? PSA_ISA_AVX512 : PSA_ISA_AVX2; /* F, DQ */
 #elif defined(PSA__NEON)
     return PSA_ISA_NEON;
 #else

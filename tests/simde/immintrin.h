@@ -8,6 +8,7 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
+#include <math.h>
 #include <string.h>
 
 #undef I /* of complex.h, which SIMDe includes */
@@ -42,6 +43,16 @@ static inline __m512 _mm512_permute_ps(__m512 a, int select) {
     for (int i = 0; i < 16; i++)
         to[i] = from[i / 4 * 4 + (select >> 2 * (i % 4) & 3)];
     return _mm512_loadu_ps(to);
+}
+
+/* x - floor(x), as select 9 asks for; of an infinity 0 */
+static inline __m512 _mm512_reduce_ps(__m512 x, int select) {
+    float lane[16];
+    (void)select;
+    _mm512_storeu_ps(lane, x);
+    for (int i = 0; i < 16; i++)
+        lane[i] = isinf(lane[i]) ? 0.0f : lane[i] - floorf(lane[i]);
+    return _mm512_loadu_ps(lane);
 }
 
 static inline int _mm_popcnt_u32(unsigned x) {
