@@ -684,7 +684,7 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__LN2 0.69314718055994530942
 #define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
 #define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
-#define PSA__TILE_K 64                  /* keys in an attention tile */
+#define PSA__TILE_K 48                  /* keys in an attention tile: whole register tiles of any kind */
 #define PSA__AXES 16                    /* coordinates that a tree has of its tokens */
 #define PSA__TREE_SAMPLE 256            /* tokens that say which ones */
 #define PSA__TREE_NODE 128              /* tokens that say how a node is split */
@@ -1213,7 +1213,7 @@ static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { _mm_setcsr(mod
 #define PSA__V __m512
 #define PSA__W 16
 #define PSA__NV 4
-#define PSA__ROWS(nv) ((nv) > 2 ? 4 : 8)
+#define PSA__ROWS(nv) ((nv) > 3 ? 6 : 8)
 #define PSA__FEW 16
 #define PSA__HELD(x) PSA__HOLD(x)
 
@@ -1677,11 +1677,12 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(qk_tile)(int nv, int rows, const float
     PSA__UNROLL for (int j = 0; j < nv; j++) PSA__(store)(top + j * PSA__W, most[j]);
 }
 
+/* Columns begin .. end-1 of the output, some tiles of `rows`. */
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float *PSA__RESTRICT s,
-                                                   const float *const *v, int64_t n, int64_t dv,
-                                                   float *PSA__RESTRICT ot, const psa__ahead *ahead)
+                                                   const float *const *v, int64_t n, int64_t begin, int64_t end,
+                                                   int64_t dv, float *PSA__RESTRICT ot, const psa__ahead *ahead)
 {
-    for (int64_t x = 0; x < dv; x += rows) {
+    for (int64_t x = begin; x < end; x += rows) {
         PSA__V acc[8][PSA__NV];
         float *o = ot + x * nv * PSA__W;
         if (ahead) PSA__(prefetch)(ahead, x * ahead->n / dv, (x + rows) * ahead->n / dv);
@@ -1707,6 +1708,16 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float
     }
 }
 
+/* dv is a multiple of 8: where rows are 6, the last columns go by fours. */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tiles)(int nv, const float *s, const float *const *v, int64_t n,
+                                                    int64_t dv, float *ot, const psa__ahead *ahead)
+{
+    const int rows = PSA__ROWS(nv);
+    const int64_t end = rows == 6 ? dv - (6 - dv % 6) % 6 * 2 : dv;
+    PSA__(pv_tile)(nv, rows, s, v, n, 0, end, dv, ot, ahead);
+    if (rows == 6) PSA__(pv_tile)(nv, 4, s, v, n, end, dv, dv, ot, ahead);
+}
+
 static PSA__TARGET void PSA__(qk)(int nv, const float *qt, const float *const *k, int64_t n, int64_t d,
                                   const float *bias, float *s, float *top, const psa__ahead *ahead)
 {
@@ -1722,10 +1733,10 @@ static PSA__TARGET void PSA__(pv)(int nv, const float *s, const float *const *v,
                                   const psa__ahead *ahead)
 {
     switch (nv) {
-    case 1: PSA__(pv_tile)(1, PSA__ROWS(1), s, v, n, dv, ot, ahead); break;
-    case 2: PSA__(pv_tile)(2, PSA__ROWS(2), s, v, n, dv, ot, ahead); break;
-    case 3: PSA__(pv_tile)(3, PSA__ROWS(3), s, v, n, dv, ot, ahead); break;
-    default: PSA__(pv_tile)(PSA__NV, PSA__ROWS(PSA__NV), s, v, n, dv, ot, ahead); break;
+    case 1: PSA__(pv_tiles)(1, s, v, n, dv, ot, ahead); break;
+    case 2: PSA__(pv_tiles)(2, s, v, n, dv, ot, ahead); break;
+    case 3: PSA__(pv_tiles)(3, s, v, n, dv, ot, ahead); break;
+    default: PSA__(pv_tiles)(PSA__NV, s, v, n, dv, ot, ahead); break;
     }
 }
 
@@ -3058,7 +3069,8 @@ static int psa__copies_head(const psa_plan *p)
 static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w)
 {
     size_t at = 0, f = sizeof(float), lanes = (size_t)psa__pad_lanes(p->desc.block_q), nk = (size_t)p->nk;
-    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = 2 * (PSA__TILE_K + PSA__PAD_K); /* or a block */
+    const size_t tiles = 2 * (PSA__TILE_K + PSA__PAD_K), block = PSA_MAX_BLOCK_K + PSA__PAD_K;
+    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = tiles > block ? tiles : block;
     int scored = p->desc.mask != PSA_MASK_DENSE, groups = scored && p->desc.score == PSA_SCORE_ANTIDIAGONAL;
     size_t score_lanes = (size_t)psa__score_lanes(p), pairs = scored ? psa__mul(nk, score_lanes) : 0;
     size_t query = groups ? score_lanes * (size_t)p->desc.stride * d : 0; /* a lane is a whole group */
