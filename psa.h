@@ -246,7 +246,8 @@ typedef enum psa_result {
 
 typedef enum psa_type { PSA_F32 = 0, PSA_F16, PSA_BF16 } psa_type;
 
-/* Instruction sets. AUTO takes the best one that CPU and operating system support. AVX2 includes FMA and F16C. */
+/* Instruction sets. AUTO takes the best one that CPU and operating system support. AVX2 includes FMA and F16C,
+ * AVX512 is F and DQ. */
 typedef enum psa_isa {
     PSA_ISA_AUTO = 0,
     PSA_ISA_SCALAR,
@@ -1206,7 +1207,7 @@ static PSA__TARGET unsigned PSA__(denormals_off)(void)
 
 static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { _mm_setcsr(mode); }
 
-#elif PSA__PASS == 3 /* AVX-512F */
+#elif PSA__PASS == 3 /* AVX-512 F and DQ */
 
 #define PSA__(name) psa__avx512_##name
 #define PSA__TARGET PSA__TARGET_AVX512
