@@ -1709,12 +1709,12 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tile)(int nv, int rows, const float
     }
 }
 
-/* dv is a multiple of 8: where rows are 6, the last columns go by fours. */
+/* Where rows are 6, the last 4 or 8 columns go by fours: dv is a multiple of 8. */
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(pv_tiles)(int nv, const float *s, const float *const *v, int64_t n,
                                                     int64_t dv, float *ot, const psa__ahead *ahead)
 {
     const int rows = PSA__ROWS(nv);
-    const int64_t end = rows == 6 ? dv - (6 - dv % 6) % 6 * 2 : dv;
+    const int64_t end = rows == 6 ? dv - dv % 12 : dv;
     PSA__(pv_tile)(nv, rows, s, v, n, 0, end, dv, ot, ahead);
     if (rows == 6) PSA__(pv_tile)(nv, 4, s, v, n, end, dv, dv, ot, ahead);
 }
