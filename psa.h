@@ -142,21 +142,24 @@
  *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block,
  *     up to 64 for POOLED) floats. Linear in N for each of them but the maps, which have nq * nk entries. A tree takes
  *     4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB
- *     a head; dense attention D + Dv floats a key and thread where K or V are not f32 rows one after the other.
+ *     a head; dense attention D + Dv floats a key and thread where K or V are not f32 rows one after the other, but not
+ *     with AMX.
  *
  * THREADS
  *
  *     Every stage takes (ith, nth) and does its share; a barrier between stages is all that is needed, and ggml's
  *     custom ops or any thread pool can provide it. The same inputs give the same bits for any nth. psa_attention runs
  *     the stages through desc.parallel_fn if given, else on desc.n_threads threads that it starts itself. There is no
- *     global state.
+ *     global state, but one: for AMX psa_plan_init asks Linux whether this process may use tiles (arch_prctl), which
+ *     makes its signal frames 8 KiB larger. Where they are refused the plan uses AVX512; so it does if told to.
  *
  * NUMERICS
  *
  *     f32 arithmetic, online softmax in base 2 with exp2 accurate to 2e-7; means and scores in f32, pooled K and V
- *     then rounded to their type; results of different instruction sets agree within tolerance, not in bits. Denormals
- *     are treated as zero inside psa_score and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v
- *     reach only the rows that read them.
+ *     then rounded to their type; results of different instruction sets agree within tolerance, not in bits. AMX
+ *     multiplies bf16 numbers whose sums are q, k and v exactly and the weights within 2^-16. Denormals are treated as
+ *     zero inside psa_score and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v reach only the rows
+ *     that read them.
  *
  * GGML
  *
@@ -247,13 +250,14 @@ typedef enum psa_result {
 typedef enum psa_type { PSA_F32 = 0, PSA_F16, PSA_BF16 } psa_type;
 
 /* Instruction sets. AUTO takes the best one that CPU and operating system support. AVX2 includes FMA and F16C,
- * AVX512 is F and DQ. */
+ * AVX512 is F and DQ. A plan's desc has the one that it uses: of f32 AVX512 in place of AMX. */
 typedef enum psa_isa {
     PSA_ISA_AUTO = 0,
     PSA_ISA_SCALAR,
     PSA_ISA_AVX2,
     PSA_ISA_AVX512,
     PSA_ISA_NEON, /* AArch64 */
+    PSA_ISA_AMX,  /* AVX512 and, where k and v are f16 or bf16, matrix tiles (AMX-BF16): Linux, gcc 11 or clang 12 */
     PSA_ISA_END
 } psa_isa;
 
@@ -686,6 +690,7 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__LOWEST (-3.402823466e+38f) /* a finite stand-in for -inf as a running maximum */
 #define PSA__BIG 10633823966279326983230456482242756608.0f /* 2^123: scoring clamps its logits to +-BIG */
 #define PSA__TILE_K 48                  /* keys in an attention tile: whole register tiles of any kind */
+#define PSA__TILE_MATRIX 64             /* the same with matrix tiles */
 #define PSA__AXES 16                    /* coordinates that a tree has of its tokens */
 #define PSA__TREE_SAMPLE 256            /* tokens that say which ones */
 #define PSA__TREE_NODE 128              /* tokens that say how a node is split */
@@ -702,6 +707,8 @@ extern "C" {
 static int64_t psa__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t psa__max(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t psa__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t psa__up_to_32(int64_t n) { return (n + 31) / 32 * 32; }
 
 static int psa__log2(int64_t power_of_two)
 {
@@ -914,6 +921,7 @@ typedef struct psa__leaves {
     const char *name;
     int lanes;  /* queries in a vector */
     int max_nv; /* vectors in a query tile */
+    int tile_k; /* keys in an attention tile */
 
     /* f32 from and to any type: dst = src; dst = factor * src */
     void (*to_f32)(float *dst, const void *src, psa_type type, int64_t n);
@@ -983,22 +991,46 @@ typedef struct psa__leaves {
      * i-th; level 1 has none. per_cost[i][k] is 1 / (what level k saves over i). */
     void (*hull)(float *error, int64_t n_row, int64_t n, int last, float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1]);
 
-    /* Denormals off on this thread; the return value brings the caller's mode back. */
-    unsigned (*denormals_off)(void);
-    void (*denormals_restore)(unsigned mode);
+    /* pack, qk, softmax and pv for K and V of f16 or bf16 where there are matrix tiles, else NULL. One vector of
+     * queries at a time: s[keys][lanes], ot[dv][lanes]. d and dv are filled up with zeros to a multiple of 32, keys to one of
+     * 32 with weights of 0; v has valid pointers for them. qt, kt, vt and weight are tiles of numbers in parts
+     * (>>leaves). tile_products: n tiles of c = a b or, to add, c += a b, over `steps` times 32 columns of a; products
+     * of parts below 2^-24 are left out. tile_logits: s = scale * s + bias, and its maxima. ahead may be NULL for
+     * keys. */
+    void (*tile_queries)(psa_type type, int parts, float *qt, const float *const *rows, int64_t d);
+    void (*tile_keys)(psa_type type, float *kt, const float *const *k, int64_t n, int64_t d, const psa__ahead *ahead);
+    void (*tile_values)(psa_type type, float *vt, const float *const *v, int64_t n, int64_t dv,
+                        const psa__ahead *ahead);
+    void (*tile_products)(const float *a, int a_parts, const float *b, int b_parts, int64_t steps, int add,
+                          float *c, int64_t n);
+    void (*tile_logits)(float *s, int64_t n, float scale, const float *bias, float *top);
+    void (*tile_weights)(float *s, int64_t n, const float *top, float *m, float *l, float *ot, int64_t dv,
+                         float *weight);
+
+    /* Denormals off on this thread, matrix tiles on; the return value brings the caller's mode back. */
+    unsigned (*enter)(void);
+    void (*leave)(unsigned mode);
 } psa__leaves;
 
 #if defined(PSA_SIMD_EMULATED) /* the tests' build with intrinsics from SIMDe: every instruction set "is there" */
 #define PSA__SIMD 1
 #define PSA__TARGET_AVX2
 #define PSA__TARGET_AVX512
+#define PSA__TARGET_AMX
 #define PSA__HOLD(x)
+#define PSA__AMX 1
+#define PSA__AMX_FENCE()
 #elif defined(PSA__X86) && (defined(__GNUC__) || defined(__clang__))
 #define PSA__SIMD 1
 #define PSA__TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define PSA__TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx2,fma,f16c")))
 /* Keeps gcc from folding a load into each of its uses, which makes the tiles bound by the load ports. */
 #define PSA__HOLD(x) __asm__("" : "+v"(x))
+#if defined(__x86_64__) && defined(__linux__) && !defined(__ILP32__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define PSA__AMX 1
+#define PSA__TARGET_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512dq,avx2,fma,f16c")))
+#define PSA__AMX_FENCE() __asm__ volatile("" ::: "memory") /* gcc's intrinsics do not say that they touch memory */
+#endif
 #elif defined(PSA__X86) && defined(_MSC_VER)
 #define PSA__SIMD 1
 #define PSA__TARGET_AVX2
@@ -1032,6 +1064,7 @@ typedef struct psa__leaves {
 #if defined(__GNUC__) && !defined(__clang__) /* g++ 12 warns inside its own AVX-512 header */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #if PSA__PASS == 1 /* scalar: one lane per vector */
@@ -1069,8 +1102,8 @@ PSA__ALWAYS_INLINE void PSA__(store_as)(psa_type type, void *p, int64_t i, float
     psa__from_f32((char *)p + i * (type == PSA_F32 ? 4 : 2), type, &x, 1);
 }
 
-static unsigned PSA__(denormals_off)(void) { return 0; }
-static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
+static unsigned PSA__(enter)(void) { return 0; }
+static void PSA__(leave)(unsigned mode) { (void)mode; }
 
 #elif PSA__PASS == 2 /* AVX2, FMA, F16C */
 
@@ -1198,14 +1231,14 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_as)(psa_type type, void *p, int6
     _mm_storeu_si128(half, _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
 }
 
-static PSA__TARGET unsigned PSA__(denormals_off)(void)
+static PSA__TARGET unsigned PSA__(enter)(void)
 {
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040u); /* flush to zero, denormals are zero */
     return mode;
 }
 
-static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { _mm_setcsr(mode); }
+static PSA__TARGET void PSA__(leave)(unsigned mode) { _mm_setcsr(mode); }
 
 #elif PSA__PASS == 3 /* AVX-512 F and DQ */
 
@@ -1354,8 +1387,8 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_lanes)(int lanes, float *p, __m5
     else _mm256_storeu_ps(p, _mm512_castps512_ps256(x));
 }
 
-static PSA__TARGET unsigned PSA__(denormals_off)(void) { return psa__avx2_denormals_off(); }
-static PSA__TARGET void PSA__(denormals_restore)(unsigned mode) { psa__avx2_denormals_restore(mode); }
+static PSA__TARGET unsigned PSA__(enter)(void) { return psa__avx2_enter(); }
+static PSA__TARGET void PSA__(leave)(unsigned mode) { psa__avx2_leave(mode); }
 
 #elif PSA__PASS == 4 /* AArch64 */
 
@@ -1450,10 +1483,10 @@ PSA__ALWAYS_INLINE void PSA__(store_as)(psa_type type, void *p, int64_t i, float
 }
 
 #ifdef _MSC_VER
-static unsigned PSA__(denormals_off)(void) { return 0; }
-static void PSA__(denormals_restore)(unsigned mode) { (void)mode; }
+static unsigned PSA__(enter)(void) { return 0; }
+static void PSA__(leave)(unsigned mode) { (void)mode; }
 #else
-static unsigned PSA__(denormals_off)(void)
+static unsigned PSA__(enter)(void)
 {
     uint64_t mode;
     __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
@@ -1461,7 +1494,7 @@ static unsigned PSA__(denormals_off)(void)
     return (unsigned)mode;
 }
 
-static void PSA__(denormals_restore)(unsigned mode) { __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode)); }
+static void PSA__(leave)(unsigned mode) { __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode)); }
 #endif
 
 #endif
@@ -1756,8 +1789,8 @@ static PSA__TARGET void PSA__(hide)(int nv, float *s, int64_t n, const int32_t *
     }
 }
 
-static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot,
-                                       int64_t dv)
+/* Moves the running maxima up where one of them is far below. */
+static PSA__TARGET void PSA__(rescale)(int nv, const float *top, float *m, float *l, float *ot, int64_t dv)
 {
     int grew = 0;
     for (int j = 0; j < nv; j++) {
@@ -1774,6 +1807,12 @@ static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float 
             PSA__(store)(o, PSA__(mul)(PSA__(load)(o), shrink));
         }
     }
+}
+
+static PSA__TARGET void PSA__(softmax)(int nv, float *s, int64_t n, const float *top, float *m, float *l, float *ot,
+                                       int64_t dv)
+{
+    PSA__(rescale)(nv, top, m, l, ot, dv);
     for (int j = 0; j < nv; j++) {
         const PSA__V mj = PSA__(load)(m + j * PSA__W);
         PSA__V sum = PSA__(load)(l + j * PSA__W);
@@ -2480,6 +2519,278 @@ static PSA__TARGET void PSA__(hull)(float *error, int64_t n_row, int64_t n, int 
     }
 }
 
+#if PSA__PASS == 3 && defined(PSA__AMX)
+
+/* Matrix tiles (AMX): 16 rows of 64 bytes. C[16][16] += A[16][32] B[32][16], where A and B are bf16, B in pairs as
+ * [16][16][2], and C is f32: S^T = K Q^T and O^T = V^T P^T, so lanes are queries as everywhere. A number is the sum of
+ * its parts in bf16: one if it is of that type, two if of f16, three if of f32; weights have two, which are them within
+ * 2^-16. Tiles lie as [rows / 16][parts][columns / 32] in A and as [columns / 32][parts] in B. */
+
+/* The part'th part of x, in the upper halves: what is left of it by the parts before, rounded if it is the last one. */
+PSA__ALWAYS_INLINE PSA__TARGET __m512i PSA__(part_of)(int part, int last, PSA__V x)
+{
+    const __m512i high = _mm512_set1_epi32(-0x10000), half = _mm512_set1_epi32(0x8000);
+    for (int i = 0; i < part; i++) {
+        PSA__V above = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), high));
+        x = PSA__(sub)(x, above);
+    }
+    if (last) return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), high);
+    return _mm512_and_si512(_mm512_castps_si512(x), high);
+}
+
+/* Two such parts side by side, the first in the lower halves */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(pair)(__m512i first, __m512i second)
+{
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(first, 16), second));
+}
+
+/* Elements i, i + 1, ... of a row of n, and zeros */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(load_up_to)(psa_type type, const void *row, int64_t i, int64_t n)
+{
+    if (i >= n) return PSA__(splat)(0.0f);
+    return PSA__(load_lanes)(i + 16 <= n ? 16 : 8, type, row, i);
+}
+
+/* 32 elements of bf16 from the i-th on, and zeros, as they are */
+PSA__ALWAYS_INLINE PSA__TARGET __m512i PSA__(load_bf16)(const void *row, int64_t i, int64_t n)
+{
+    const uint16_t *from = (const uint16_t *)row + i;
+    if (i + 32 <= n) return _mm512_loadu_si512(from);
+    return i < n ? _mm512_maskz_loadu_epi32((__mmask16)((1u << (n - i) / 2) - 1), from) : _mm512_setzero_si512();
+}
+
+/* The part'th parts of 32 elements of a row from the i-th on */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(row_of)(psa_type type, int part, const void *row, int64_t i, int64_t n)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    PSA__V a, b, first, second;
+    if (type == PSA_BF16) return _mm512_castsi512_ps(PSA__(load_bf16)(row, i, n));
+    a = PSA__(load_up_to)(type, row, i, n);
+    b = PSA__(load_up_to)(type, row, i + 16, n);
+    first = _mm512_permutex2var_ps(a, even, b);
+    second = _mm512_permutex2var_ps(a, odd, b);
+    return PSA__(pair)(PSA__(part_of)(part, 0, first), PSA__(part_of)(part, 0, second));
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(tile_queries_of)(psa_type type, int parts, float *qt,
+                                                           const float *const *rows, int64_t d)
+{
+    for (int64_t x = 0; x < d; x += 32) {
+        for (int part = 0; part < parts; part++, qt += 256) {
+            PSA__V r[16];
+            PSA__UNROLL for (int i = 0; i < 16; i++) r[i] = PSA__(row_of)(type, part, rows[i], x, d);
+            PSA__(transpose)(r);
+            PSA__UNROLL for (int i = 0; i < 16; i++) PSA__(store)(qt + i * 16, r[i]);
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(tile_queries)(psa_type type, int parts, float *qt, const float *const *rows, int64_t d)
+{
+    switch (type) {
+    case PSA_BF16: PSA__(tile_queries_of)(PSA_BF16, parts, qt, rows, d); break;
+    case PSA_F16: PSA__(tile_queries_of)(PSA_F16, parts, qt, rows, d); break;
+    default: PSA__(tile_queries_of)(PSA_F32, parts, qt, rows, d); break;
+    }
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(tile_keys_of)(psa_type type, int parts, float *kt, const float *const *k,
+                                                        int64_t n, int64_t d, const psa__ahead *ahead)
+{
+    const int64_t steps = psa__up_to_32(d) / 32;
+    for (int64_t i = 0; i < n; i++) {
+        float *to = kt + i / 16 * parts * steps * 256 + i % 16 * 16;
+        if (ahead) PSA__(prefetch)(ahead, i, i + 1);
+        for (int part = 0; part < parts; part++) {
+            for (int64_t x = 0; x < d; x += 32, to += 256) PSA__(store)(to, PSA__(row_of)(type, part, k[i], x, d));
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(tile_keys)(psa_type type, float *kt, const float *const *k, int64_t n, int64_t d,
+                                         const psa__ahead *ahead)
+{
+    if (type == PSA_BF16) PSA__(tile_keys_of)(PSA_BF16, 1, kt, k, n, d, ahead);
+    else PSA__(tile_keys_of)(PSA_F16, 2, kt, k, n, d, ahead);
+}
+
+/* 16 columns of 32 keys: of 32 columns of bf16 those at even places, or at odd ones. */
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(columns_of)(psa_type type, int part, int odd, const float *const *v,
+                                                      int64_t x, int64_t dv, PSA__V *r)
+{
+    const __m512i high = _mm512_set1_epi32(-0x10000);
+    PSA__UNROLL for (int i = 0; i < 16; i++) {
+        __m512i a, b;
+        if (type == PSA_BF16) {
+            a = PSA__(load_bf16)(v[2 * i], x, dv);
+            b = PSA__(load_bf16)(v[2 * i + 1], x, dv);
+            a = odd ? a : _mm512_slli_epi32(a, 16);
+            b = odd ? _mm512_and_si512(b, high) : _mm512_slli_epi32(b, 16);
+        } else {
+            a = PSA__(part_of)(part, 0, PSA__(load_up_to)(type, v[2 * i], x, dv));
+            b = PSA__(part_of)(part, 0, PSA__(load_up_to)(type, v[2 * i + 1], x, dv));
+        }
+        r[i] = PSA__(pair)(a, b);
+    }
+    PSA__(transpose)(r);
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET void PSA__(tile_values_of)(psa_type type, int parts, float *vt, const float *const *v,
+                                                          int64_t n, int64_t dv, const psa__ahead *ahead)
+{
+    const int64_t steps = psa__up_to_32(n) / 32, next = parts * steps * 256;
+    PSA__(prefetch)(ahead, 0, ahead->n);
+    for (int64_t x = 0; x < dv; x += 32, vt += 2 * next) {
+        for (int64_t tile = 0; tile < parts * steps; tile++) {
+            const float *const *rows = v + tile % steps * 32;
+            PSA__UNROLL for (int half = 0; half < 2; half++) {
+                const int is_bf16 = type == PSA_BF16;
+                PSA__V r[16];
+                PSA__(columns_of)(type, (int)(tile / steps), half, rows, is_bf16 ? x : x + 16 * half, dv, r);
+                PSA__UNROLL for (int i = 0; i < 16; i++) {
+                    const int column = is_bf16 ? 2 * i + half : 16 * half + i;
+                    PSA__(store)(vt + column / 16 * next + tile * 256 + column % 16 * 16, r[i]);
+                }
+            }
+        }
+    }
+}
+
+static PSA__TARGET void PSA__(tile_values)(psa_type type, float *vt, const float *const *v, int64_t n, int64_t dv,
+                                           const psa__ahead *ahead)
+{
+    if (type == PSA_BF16) PSA__(tile_values_of)(PSA_BF16, 1, vt, v, n, dv, ahead);
+    else PSA__(tile_values_of)(PSA_F16, 2, vt, v, n, dv, ahead);
+}
+
+/* Six tiles of B, those of some steps, stay in registers. Products of parts count from the first two of one or both to
+ * the first of one and the third of the other. */
+PSA__ALWAYS_INLINE PSA__TARGET_AMX void PSA__(tile_products_of)(int b_parts, const float *a, int a_parts,
+                                                                const float *b, int64_t steps, int add, float *c,
+                                                                int64_t n)
+{
+    const int64_t size = a_parts * steps * 256, held = 6 / b_parts;
+    PSA__AMX_FENCE();
+    for (int64_t first = 0; first < steps; first += held, a += held * 256, b += 1536) {
+        const int64_t count = psa__min(steps - first, held);
+#define PSA__LOAD(i, tile)                                                                                             \
+    if (count * b_parts > i) _tile_loadd(tile, b + i * 256, 64);
+        PSA__LOAD(0, 2)
+        PSA__LOAD(1, 3)
+        PSA__LOAD(2, 4)
+        PSA__LOAD(3, 5)
+        PSA__LOAD(4, 6)
+        PSA__LOAD(5, 7)
+#undef PSA__LOAD
+        for (int64_t m = 0; m < n; m++) {
+            if (add || first) _tile_loadd(0, c + m * 256, 64);
+            else _tile_zero(0);
+#define PSA__STEP(i, tile_0, tile_1, tile_2)                                                                           \
+    for (int part = 0; count > i && part < a_parts; part++) {                                                          \
+        _tile_loadd(1, a + m * size + (part * steps + i) * 256, 64);                                                   \
+        _tile_dpbf16ps(0, 1, tile_0);                                                                                  \
+        if (b_parts > 1 && part + 1 < 3) _tile_dpbf16ps(0, 1, tile_1);                                              \
+        if (b_parts > 2 && part + 2 < 3) _tile_dpbf16ps(0, 1, tile_2);                                              \
+    }
+            if (b_parts == 1) {
+                PSA__STEP(0, 2, 2, 2)
+                PSA__STEP(1, 3, 3, 3)
+                PSA__STEP(2, 4, 4, 4)
+                PSA__STEP(3, 5, 5, 5)
+                PSA__STEP(4, 6, 6, 6)
+                PSA__STEP(5, 7, 7, 7)
+            } else if (b_parts == 2) {
+                PSA__STEP(0, 2, 3, 3)
+                PSA__STEP(1, 4, 5, 5)
+                PSA__STEP(2, 6, 7, 7)
+            } else {
+                PSA__STEP(0, 2, 3, 4)
+                PSA__STEP(1, 5, 6, 7)
+            }
+#undef PSA__STEP
+            _tile_stored(0, c + m * 256, 64);
+        }
+    }
+    PSA__AMX_FENCE();
+}
+
+static PSA__TARGET_AMX void PSA__(tile_products)(const float *a, int a_parts, const float *b, int b_parts,
+                                                 int64_t steps, int add, float *c, int64_t n)
+{
+    switch (b_parts) {
+    case 1: PSA__(tile_products_of)(1, a, a_parts, b, steps, add, c, n); break;
+    case 2: PSA__(tile_products_of)(2, a, a_parts, b, steps, add, c, n); break;
+    default: PSA__(tile_products_of)(3, a, a_parts, b, steps, add, c, n); break;
+    }
+}
+
+/* s = scale * s + bias of a key; returns the larger of it and `most`. */
+PSA__ALWAYS_INLINE PSA__TARGET PSA__V PSA__(tile_logit)(float *s, PSA__V scale, const float *bias, PSA__V most)
+{
+    const PSA__V x = PSA__(fma)(PSA__(load)(s), scale, PSA__(splat)(bias ? *bias : 0.0f));
+    PSA__(store)(s, x);
+    return PSA__(max)(x, most);
+}
+
+static PSA__TARGET void PSA__(tile_logits)(float *s, int64_t n, float scale, const float *bias, float *top)
+{
+    const PSA__V by = PSA__(splat)(scale);
+    PSA__V a = PSA__(splat)(-INFINITY), b = a;
+    int64_t key = 0;
+    for (; key + 2 <= n; key += 2) {
+        a = PSA__(tile_logit)(s + key * 16, by, bias ? bias + key : NULL, a);
+        b = PSA__(tile_logit)(s + key * 16 + 16, by, bias ? bias + key + 1 : NULL, b);
+    }
+    if (key < n) a = PSA__(tile_logit)(s + key * 16, by, bias ? bias + key : NULL, a);
+    PSA__(store)(top, PSA__(max)(a, b));
+}
+
+static PSA__TARGET void PSA__(tile_weights)(float *s, int64_t n, const float *top, float *m, float *l, float *ot,
+                                            int64_t dv, float *weight)
+{
+    PSA__V mj, sum;
+    PSA__(rescale)(1, top, m, l, ot, dv);
+    mj = PSA__(load)(m);
+    sum = PSA__(load)(l);
+    for (int64_t key = n; key < psa__up_to_32(n); key++) PSA__(store)(s + key * 16, PSA__(splat)(-INFINITY));
+    for (int64_t key = 0; key < n; weight += 256) {
+        for (int64_t end = key + 32; key < end; key += 2, weight += 16) {
+            const PSA__V a = PSA__(exp2)(PSA__(sub)(PSA__(load)(s + key * 16), mj));
+            const PSA__V b = PSA__(exp2)(PSA__(sub)(PSA__(load)(s + key * 16 + 16), mj));
+            PSA__(store)(weight, PSA__(pair)(PSA__(part_of)(0, 0, a), PSA__(part_of)(0, 0, b)));
+            PSA__(store)(weight + 256, PSA__(pair)(PSA__(part_of)(1, 1, a), PSA__(part_of)(1, 1, b)));
+            sum = PSA__(add)(sum, PSA__(add)(a, b));
+        }
+    }
+    PSA__(store)(l, sum);
+}
+
+static PSA__TARGET_AMX unsigned PSA__(enter_tiles)(void)
+{
+    /* palette 1; of each of 8 tiles the bytes in a row, and the rows */
+    static const struct {
+        uint8_t palette[16];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } tiles = {{1}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&tiles);
+    return PSA__(enter)();
+}
+
+static PSA__TARGET_AMX void PSA__(leave_tiles)(unsigned mode)
+{
+    PSA__(leave)(mode);
+    _tile_release();
+}
+#endif
+
+#define PSA__SHARED                                                                                                    \
+    PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend), PSA__(spread),    \
+        PSA__(moments), PSA__(squares), PSA__(second), PSA__(principal), PSA__(along), PSA__(sort), PSA__(part),       \
+        PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few), PSA__(block_max),   \
+        PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(hull)
+
 static const psa__leaves PSA__(leaves) = {
 #if PSA__PASS == 1
     "scalar",
@@ -2490,12 +2801,15 @@ static const psa__leaves PSA__(leaves) = {
 #else
     "neon",
 #endif
-    PSA__W, PSA__NV, PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend),
-    PSA__(spread), PSA__(moments), PSA__(squares), PSA__(second), PSA__(principal), PSA__(along), PSA__(sort),
-    PSA__(part), PSA__(pack), PSA__(unpack), PSA__(qk), PSA__(hide), PSA__(softmax), PSA__(pv), PSA__(few),
-    PSA__(block_max), PSA__(row_mass), PSA__(block_error), PSA__(row_error), PSA__(hull), PSA__(denormals_off),
-    PSA__(denormals_restore)};
+    PSA__W, PSA__NV, PSA__TILE_K, PSA__SHARED, NULL, NULL, NULL, NULL, NULL, NULL, PSA__(enter), PSA__(leave)};
 
+#if PSA__PASS == 3 && defined(PSA__AMX)
+static const psa__leaves psa__amx_leaves = {
+    "amx", PSA__W, PSA__NV, PSA__TILE_MATRIX, PSA__SHARED, PSA__(tile_queries), PSA__(tile_keys), PSA__(tile_values),
+    PSA__(tile_products), PSA__(tile_logits), PSA__(tile_weights), PSA__(enter_tiles), PSA__(leave_tiles)};
+#endif
+
+#undef PSA__SHARED
 #undef PSA__
 #undef PSA__TARGET
 #undef PSA__V
@@ -2519,6 +2833,9 @@ static const psa__leaves *psa__leaves_of(psa_isa isa)
 #ifdef PSA__SIMD
     case PSA_ISA_AVX2: return &psa__avx2_leaves;
     case PSA_ISA_AVX512: return &psa__avx512_leaves;
+#endif
+#ifdef PSA__AMX
+    case PSA_ISA_AMX: return &psa__amx_leaves;
 #endif
 #ifdef PSA__NEON
     case PSA_ISA_NEON: return &psa__neon_leaves;
@@ -2556,10 +2873,37 @@ static uint64_t psa__xgetbv(void)
 }
 #endif
 
+#if defined(PSA__AMX) && !defined(PSA_SIMD_EMULATED)
+static long psa__arch_prctl(long code, long value)
+{
+    long r;
+    __asm__ volatile("syscall" : "=a"(r) : "0"(158L), "D"(code), "S"(value) : "rcx", "r11", "memory");
+    return r;
+}
+
+/* Processor and operating system have bf16 tiles. */
+static int psa__has_tiles(uint64_t saved, uint32_t features)
+{
+    uint64_t kernel = 0;
+    if (~saved & 3u << 17 || ~features & (1u << 22 | 1u << 24)) return 0; /* XTILE state; AMX-BF16, AMX-TILE */
+    return psa__arch_prctl(0x1021, (long)(uintptr_t)&kernel) == 0 && kernel >> 18 & 1; /* ARCH_GET_XCOMP_SUPP */
+}
+#endif
+
+/* Asks Linux for the tiles, which make the process's signal frames larger: 1 if they may be used. */
+static int psa__ask_for_tiles(void)
+{
+#if defined(PSA__AMX) && !defined(PSA_SIMD_EMULATED)
+    return psa__arch_prctl(0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM */
+#else
+    return 1;
+#endif
+}
+
 PSA__DEF psa_isa psa_isa_detect(void)
 {
 #if defined(PSA_SIMD_EMULATED)
-    return PSA_ISA_AVX512;
+    return PSA_ISA_AMX;
 #elif defined(PSA__SIMD)
     uint32_t r[4];
     uint64_t saved;
@@ -2570,7 +2914,11 @@ PSA__DEF psa_isa psa_isa_detect(void)
     saved = psa__xgetbv();
     psa__cpuid(7, r);
     if ((saved & 0x06) != 0x06 || !(r[1] & 1u << 5)) return PSA_ISA_SCALAR; /* YMM state, AVX2 */
-    return (saved & 0xe6) == 0xe6 && !(~r[1] & (1u << 16 | 1u << 17)) ? PSA_ISA_AVX512 : PSA_ISA_AVX2; /* F, DQ */
+    if ((saved & 0xe6) != 0xe6 || ~r[1] & (1u << 16 | 1u << 17)) return PSA_ISA_AVX2; /* ZMM state; AVX512F, DQ */
+#ifdef PSA__AMX
+    if (psa__has_tiles(saved, r[3])) return PSA_ISA_AMX;
+#endif
+    return PSA_ISA_AVX512;
 #elif defined(PSA__NEON)
     return PSA_ISA_NEON;
 #else
@@ -2584,14 +2932,16 @@ static psa_isa psa__isa_of(psa_isa isa)
 {
     psa_isa best = isa == PSA_ISA_SCALAR ? isa : psa_isa_detect();
     if (isa == PSA_ISA_AUTO) return best;
-    return isa == best || (isa == PSA_ISA_AVX2 && best == PSA_ISA_AVX512) ? isa : PSA_ISA_END;
+    if (isa == PSA_ISA_AVX512 && best == PSA_ISA_AMX) return isa;
+    if (isa == PSA_ISA_AVX2 && (best == PSA_ISA_AVX512 || best == PSA_ISA_AMX)) return isa;
+    return isa == best ? isa : PSA_ISA_END;
 }
 
 PSA__DEF int psa_isa_supported(psa_isa isa) { return psa__isa_of(isa) != PSA_ISA_END; }
 
 PSA__DEF const char *psa_isa_name(psa_isa isa)
 {
-    static const char *const name[] = {"auto", "scalar", "avx2", "avx512", "neon"};
+    static const char *const name[] = {"auto", "scalar", "avx2", "avx512", "neon", "amx"};
     return isa >= PSA_ISA_AUTO && isa < PSA_ISA_END ? name[isa] : NULL;
 }
 
@@ -3055,6 +3405,12 @@ static int64_t psa__shift_size(const psa_plan *p)
     return (p->desc.block_k >> fine) * (p->n_levels - 1 - fine);
 }
 
+/* Rows of an output tile. */
+static int64_t psa__ot_rows(const psa_plan *p) { return p->leaves->tile_products ? psa__up_to_32(p->Dv) : p->Dv; }
+
+/* Numbers of a type are the sum of so many in bf16. */
+static int psa__parts(psa_type type) { return type == PSA_BF16 ? 1 : type == PSA_F16 ? 2 : 3; }
+
 /* Whether dense attention reads a thread's own f32 copy of a KV head: rows that lie apart or are converted cost more
  * every time that they are read, and a copy about as much as reading them for one query block. */
 static int psa__copies_head(const psa_plan *p)
@@ -3063,6 +3419,7 @@ static int psa__copies_head(const psa_plan *p)
     int apart = p->k.type != PSA_F32 || p->desc.order_k.index || p->k.nb[1] != (size_t)p->D * f ||
                 p->v.nb[1] != (size_t)p->Dv * f;
     size_t blocks = psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq) / (size_t)p->desc.n_threads;
+    if (p->leaves->tile_products) return 0;
     return p->desc.mask == PSA_MASK_DENSE && apart && p->nq >= 4 && blocks >= 4; /* of a head, in one thread */
 }
 
@@ -3070,8 +3427,8 @@ static int psa__copies_head(const psa_plan *p)
 static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w)
 {
     size_t at = 0, f = sizeof(float), lanes = (size_t)psa__pad_lanes(p->desc.block_q), nk = (size_t)p->nk;
-    const size_t tiles = 2 * (PSA__TILE_K + PSA__PAD_K), block = PSA_MAX_BLOCK_K + PSA__PAD_K;
-    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = tiles > block ? tiles : block;
+    const size_t tiles = 2 * ((size_t)p->leaves->tile_k + PSA__PAD_K), block = PSA_MAX_BLOCK_K + PSA__PAD_K;
+    size_t d = (size_t)p->D, dv = (size_t)p->Dv, keys = tiles > block ? tiles : block, ot = (size_t)psa__ot_rows(p);
     int scored = p->desc.mask != PSA_MASK_DENSE, groups = scored && p->desc.score == PSA_SCORE_ANTIDIAGONAL;
     size_t score_lanes = (size_t)psa__score_lanes(p), pairs = scored ? psa__mul(nk, score_lanes) : 0;
     size_t query = groups ? score_lanes * (size_t)p->desc.stride * d : 0; /* a lane is a whole group */
@@ -3081,15 +3438,15 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     size_t copied = psa__copies_head(p) ? (size_t)p->Nk : 0;
     uintptr_t b = (uintptr_t)base;
     psa__scratch s;
-    s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * d, f));
+    s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * 3 / 2 * (size_t)psa__up_to_32(p->D), f));
     s.s = (float *)(b + psa__take(&at, keys * 64, f));
     s.m = (float *)(b + psa__take(&at, lanes, f));
     s.l = (float *)(b + psa__take(&at, lanes, f));
     s.top = (float *)(b + psa__take(&at, 64, f));
-    s.ot = (float *)(b + psa__take(&at, (tree && d > dv ? d : dv) * lanes, f));
+    s.ot = (float *)(b + psa__take(&at, (tree && d > ot ? d : ot) * lanes, f));
     s.rows = (float *)(b + psa__take(&at, query > rows ? query : rows, f));
-    s.k = (float *)(b + psa__take(&at, d * PSA_MAX_BLOCK_K, f));
-    s.v = (float *)(b + psa__take(&at, dv * PSA_MAX_BLOCK_K, f));
+    s.k = (float *)(b + psa__take(&at, (size_t)psa__up_to_32(p->D) * PSA_MAX_BLOCK_K, f));
+    s.v = (float *)(b + psa__take(&at, (size_t)psa__up_to_32(p->Dv) * PSA_MAX_BLOCK_K, f));
     s.kp = (const float **)(b + psa__take(&at, keys, sizeof(float *)));
     s.vp = (const float **)(b + psa__take(&at, keys, sizeof(float *)));
     s.bias = (float *)(b + psa__take(&at, keys, f));
@@ -3186,6 +3543,7 @@ PSA__DEF psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const ps
     if (p.desc.isa == PSA_ISA_END) {
         return psa__fail(desc, PSA_ERR_ISA, "instruction set %d is not available", (int)desc->isa);
     }
+    if (p.desc.isa == PSA_ISA_AMX && (k->type == PSA_F32 || !psa__ask_for_tiles())) p.desc.isa = PSA_ISA_AVX512;
     p.leaves = psa__leaves_of(p.desc.isa);
     if (desc->n_threads < 0) return psa__fail(desc, PSA_ERR_THREADS, "n_threads is %d", desc->n_threads);
     if (desc->n_threads == 0) p.desc.n_threads = psa__processors();
@@ -3905,6 +4263,34 @@ static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__
     return lanes;
 }
 
+/* Parts of the queries there: means are f32. */
+static int psa__score_parts(const psa_plan *p)
+{
+    return p->desc.score == PSA_SCORE_POOLED ? 3 : psa__parts(p->q.type);
+}
+
+/* Whether scores are products of matrix tiles: keys are read as they are. */
+static int psa__scores_matrix(const psa_plan *p)
+{
+    return p->leaves->tile_products && p->desc.score != PSA_SCORE_ANTIDIAGONAL;
+}
+
+/* The same in matrix tiles, for n rows of a type. */
+static int64_t psa__tile_queries(const psa_plan *p, psa__scratch *w, psa__tiles *tiles, psa_type type, int parts,
+                                 const float **row, int64_t n)
+{
+    int64_t each = p->leaves->lanes, size = psa__up_to_32(p->D) / 2 * parts;
+    float *none = w->rows + n * p->D;
+    tiles->n = (int)psa__ceil_div(n, each);
+    memset(none, 0, n % each ? (size_t)p->D * sizeof(float) : 0);
+    for (int64_t i = n; i < tiles->n * each; i++) row[i] = none;
+    for (int t = 0; t < tiles->n; t++) {
+        tiles->nv[t] = 1;
+        p->leaves->tile_queries(type, parts, w->qt + t * each * size, row + t * each, p->D);
+    }
+    return tiles->n * each;
+}
+
 /* Offset of the i-th sampled token in a block of n tokens, or -1 if there is none. A ragged block leaves out offsets
  * beyond its end; if that is all of them, the first stands for a token that exists. */
 static int64_t psa__sample(const uint8_t *offset, int64_t i, int64_t n)
@@ -3977,6 +4363,11 @@ static int64_t psa__score_queries(const psa_plan *p, const void *q, int64_t b, i
     return n;
 }
 
+static const float *psa__score_row(const psa_plan *p, const char *row, float *space)
+{
+    return psa__scores_matrix(p) ? (const float *)(const void *)row : psa__row_f32(p, &p->k, row, space);
+}
+
 /* The key vectors of block jk go to w->kp from `at` on, their biases to w->bias; the first token that each needs to be
  * seen to token[]. Returns their number. */
 static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
@@ -3991,7 +4382,7 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         for (int64_t i = 0; i < p->n_sample_k; i++) {
             int64_t offset = psa__sample(p->sample_k, i, n);
             if (offset < 0) break;
-            kp[keys] = psa__row_f32(p, &p->k, psa__row(&p->k, o, k, b, hkv, first + offset), w->k + (at + keys) * d);
+            kp[keys] = psa__score_row(p, psa__row(&p->k, o, k, b, hkv, first + offset), w->k + (at + keys) * d);
             token[keys++] = first + offset;
         }
         return keys;
@@ -4010,14 +4401,14 @@ static int64_t psa__score_keys(const psa_plan *p, const void *k, const char *bas
         if (p->desc.score_group[1] == 1) break;
         keys = psa__level_rows(p, jk, level);
         for (int64_t t = 0, row = psa__pooled_row(p, b, hkv, jk, level); t < keys; t++, row++) {
-            kp[t] = psa__row_f32(p, &p->k, base + p->at_pooled_k + psa__pooled_bytes(p, row, d), w->k + (at + t) * d);
+            kp[t] = psa__score_row(p, base + p->at_pooled_k + psa__pooled_bytes(p, row, d), w->k + (at + t) * d);
             w->bias[at + t] = ((const float *)(const void *)(base + p->at_bias))[row];
             token[t] = first + (t << level);
         }
         return keys;
     case PSA_SCORE_EXACT: break;
     }
-    psa__kv_rows(p, &p->k, k, b, hkv, first, n, w->k + at * d, kp);
+    psa__kv_rows(p, &p->k, k, b, hkv, first, n, psa__scores_matrix(p) ? NULL : w->k + at * d, kp);
     for (int64_t i = 0; i < n; i++) {
         w->bias[at + i] = 0.0f;
         token[i] = first + i;
@@ -4095,6 +4486,14 @@ static void psa__score_errors(const psa_plan *p, const char *base, int64_t head,
     }
 }
 
+/* Products of n keys in w->k, in matrix tiles, with the t-th vector of queries in w->qt. */
+static void psa__matrix_logits(const psa_plan *p, psa__scratch *w, int q_parts, int64_t t, int64_t n, float *s)
+{
+    int64_t d = psa__up_to_32(p->D), lanes = p->leaves->lanes;
+    p->leaves->tile_products(w->k, psa__parts(p->k.type), w->qt + t * lanes * q_parts * d / 2, q_parts, d / 32, 0, s,
+                             psa__ceil_div(n, 16));
+}
+
 /* Maximum, and sum if wanted, of every lane over each of n blocks from jk on: their rows of w->bm and w->bs; the pairs
  * seen to w->rank[0]. */
 static void psa__score_blocks(const psa_plan *p, const void *k, const char *base, int64_t b, int64_t hkv, int64_t jk,
@@ -4102,8 +4501,11 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
                               int sums, psa__scratch *w)
 {
     int64_t token[PSA_MAX_BLOCK_K], start[PSA__TILE_K + 1], lane = 0, d = p->D, keys = 0;
+    int matrix = psa__scores_matrix(p);
+    const psa__leaves *f = p->leaves;
     int biased = p->desc.mask == PSA_MASK_ERROR ||
                  (p->desc.score == PSA_SCORE_POOLED && p->desc.score_group[1] < p->desc.block_k);
+    float *bias = biased ? w->bias : NULL;
     if (p->desc.score == PSA_SCORE_ANTIDIAGONAL) d *= p->desc.stride;
     for (int64_t i = 0; i < n; i++) {
         start[i] = keys;
@@ -4114,22 +4516,27 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
                                                           w->first + start[i]);
     }
     start[n] = keys;
-    psa__pad_keys(w->kp, biased ? w->bias : NULL, keys);
+    if (matrix) f->tile_keys(p->k.type, w->k, w->kp, keys, d, NULL);
+    else psa__pad_keys(w->kp, bias, keys);
     for (int t = 0; t < tiles->n; t++) {
-        int64_t width = tiles->nv[t] * p->leaves->lanes;
-        p->leaves->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, biased ? w->bias : NULL, w->s, w->top,
-                      NULL);
+        int64_t width = tiles->nv[t] * f->lanes;
+        if (matrix) {
+            psa__matrix_logits(p, w, psa__score_parts(p), t, keys, w->s);
+            f->tile_logits(w->s, keys, (float)(p->desc.scale * PSA__LOG2E), bias, w->top);
+        } else {
+            f->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, bias, w->s, w->top, NULL);
+        }
         for (int64_t i = 0; i < n; i++) {
             int64_t row = (jk + i) * padded + lane, from = start[i], m = start[i + 1] - from;
             int32_t first[PSA_MAX_BLOCK_K];
             if (p->desc.mask == PSA_MASK_ERROR) {
                 w->errors[jk + i].plane = p->nk * padded;
-                p->leaves->block_error(tiles->nv[t], w->s + from * width, &w->errors[jk + i], w->bm + row, w->bs + row,
+                f->block_error(tiles->nv[t], w->s + from * width, &w->errors[jk + i], w->bm + row, w->bs + row,
                                        w->x + row);
                 continue;
             }
             for (int64_t x = 0; jk + i >= whole && x < m; x++) first[x] = w->first[from + x] - (int32_t)lane;
-            p->leaves->block_max(tiles->nv[t], w->s + from * width, m, jk + i >= whole ? first : NULL, w->bm + row,
+            f->block_max(tiles->nv[t], w->s + from * width, m, jk + i >= whole ? first : NULL, w->bm + row,
                                  sums ? w->bs + row : NULL);
         }
         lane += width;
@@ -4210,7 +4617,9 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
         scale /= (float)desc->stride;
     }
     for (int64_t i = 0; i < lanes; i++) queries[i] = w->rows + i * d;
-    padded = psa__pack_queries(p, w, &tiles, queries, lanes, d, scale);
+    padded = psa__scores_matrix(p)
+                 ? psa__tile_queries(p, w, &tiles, PSA_F32, psa__score_parts(p), queries, lanes)
+                 : psa__pack_queries(p, w, &tiles, queries, lanes, d, scale);
     for (int64_t jk = 0; jk < n; jk += batch) {
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
@@ -4250,7 +4659,7 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
     together = psa__score_together(p);
     tasks = psa__ceil_div(p->nq, together);
     psa__share(p->B * p->Hq * tasks, ith, nth, &begin, &end);
-    mode = p->leaves->denormals_off();
+    mode = p->leaves->enter();
     for (int64_t task = begin; task < end; task++) {
         int64_t iq = task % tasks * together, head = task / tasks;
         if (p->desc.mask == PSA_MASK_ERROR && (iq == 0 || task == begin)) {
@@ -4260,7 +4669,7 @@ PSA__DEF psa_result psa_score(const psa_plan *plan, const void *q, const void *k
         psa__score_rows(p, q, k, psa__align(work), head / p->Hq, head % p->Hq, iq, psa__min(together, p->nq - iq), &w,
                         scores ? scores + (head * p->nq + iq) * p->nk : w.score);
     }
-    p->leaves->denormals_restore(mode);
+    p->leaves->leave(mode);
     return PSA_OK;
 }
 
@@ -4675,14 +5084,14 @@ typedef struct psa__stream {
 /* o += V^T s for a tile that some lanes do not see in full and whose V holds Inf or NaN: a hidden key has weight 0,
  * but 0 * Inf is NaN, so it must not be touched at all. Element x of a lane's output is
  * o[x * next_x + lane * next_lane]; the first lane is the block's `begin`. */
-static void psa__pv_hidden(psa__stream *st, const psa__tile *tile, psa_type type, int64_t begin, int64_t width,
-                           float *o, int64_t next_x, int64_t next_lane)
+static void psa__pv_hidden(psa__stream *st, const psa__tile *tile, const float *s, psa_type type, int64_t begin,
+                           int64_t width, float *o, int64_t next_x, int64_t next_lane)
 {
     for (int64_t key = 0; key < tile->n; key++) {
         for (int64_t x = 0; x < st->p->Dv; x++) {
             float v = psa__element(type, tile->v[key], x);
             for (int64_t lane = psa__max(tile->first[key] - begin, 0); lane < width; lane++) {
-                o[x * next_x + lane * next_lane] += st->w.s[key * width + lane] * v;
+                o[x * next_x + lane * next_lane] += s[key * width + lane] * v;
             }
         }
     }
@@ -4722,6 +5131,15 @@ static psa__ahead psa__ahead_of(const psa__stream *st, const psa__tile *tile, in
     return is_pv ? q : out;
 }
 
+/* While a block has read nothing there is nothing to rescale: running maxima begin as those of its first tile. */
+static void psa__first_maxima(psa__stream *st, int64_t lane, int64_t n)
+{
+    const psa__scratch *w = &st->w;
+    for (int64_t i = 0; st->rows == 0 && i < n; i++) {
+        if (w->top[i] > PSA__LOWEST) w->m[lane + i] = w->top[i];
+    }
+}
+
 /* All query tiles of the block against the tile of keys. */
 static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
 {
@@ -4740,9 +5158,7 @@ static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
         for (int64_t i = 0; tile->straddles && i < n; i++) first[i] = tile->first[i] - (int32_t)lane;
         f->qk(nv, w->qt + lane * d, tile->k, n, d, tile->pooled ? tile->bias : NULL, w->s, w->top, &ahead);
         if (tile->straddles) f->hide(nv, w->s, n, first, w->top);
-        for (int64_t i = 0; st->rows == 0 && i < width; i++) { /* there is nothing to rescale yet */
-            if (w->top[i] > PSA__LOWEST) w->m[lane + i] = w->top[i];
-        }
+        psa__first_maxima(st, lane, width);
         f->softmax(nv, w->s, n, w->top, w->m + lane, w->l + lane, ot, dv);
         if (t == 0) {
             psa__widen_rows(st, tile->v, n, dv, w->v);
@@ -4750,8 +5166,41 @@ static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
         }
         ahead = psa__ahead_of(st, tile, t, 1);
         if (finite) f->pv(nv, w->s, tile->v, n, dv, ot, &ahead);
-        else psa__pv_hidden(st, tile, PSA_F32, lane, width, ot, width, 1);
+        else psa__pv_hidden(st, tile, w->s, PSA_F32, lane, width, ot, width, 1);
         lane += width;
+    }
+}
+
+/* The same with matrix tiles. Logits of the next vector of queries are computed before the weights of this one are
+ * used: a tile cannot be loaded while what it holds is still on its way to the cache. */
+static void psa__attend_matrix(psa__stream *st, psa__tile *tile)
+{
+    enum { SIZE = PSA__TILE_MATRIX * 16 };
+    const psa_plan *p = st->p;
+    const psa__leaves *f = p->leaves;
+    psa__scratch *w = &st->w;
+    int64_t n = tile->n, keys = psa__up_to_32(n), dv = psa__ot_rows(p);
+    int q_parts = psa__parts(p->q.type), parts = psa__parts(st->type);
+    psa__ahead k = {st->next->k, st->next->n, (size_t)p->D * 2}, v = {st->next->v, st->next->n, (size_t)p->Dv * 2};
+    float scale = (float)(p->desc.scale * PSA__LOG2E), *weight = w->s + 2 * SIZE;
+    int finite = !tile->straddles || psa__v_finite(st, tile, st->type);
+    for (int64_t i = n; i < keys; i++) tile->v[i] = tile->v[n - 1];
+    f->tile_keys(st->type, w->k, tile->k, n, p->D, &k);
+    f->tile_values(st->type, w->v, tile->v, n, p->Dv, &v);
+    psa__matrix_logits(p, w, q_parts, 0, n, w->s);
+    for (int t = 0; t < st->tiles.n; t++) {
+        int64_t lane = t * f->lanes;
+        float *ot = w->ot + lane * dv, *s = w->s + t % 2 * SIZE, *next_s = w->s + (t + 1) % 2 * SIZE;
+        int32_t first[PSA__TILE_MATRIX];
+        f->tile_logits(s, n, scale, tile->pooled ? tile->bias : NULL, w->top);
+        for (int64_t i = 0; tile->straddles && i < n; i++) first[i] = tile->first[i] - (int32_t)lane;
+        if (tile->straddles) f->hide(1, s, n, first, w->top);
+        psa__first_maxima(st, lane, f->lanes);
+        if (finite) f->tile_weights(s, n, w->top, w->m + lane, w->l + lane, ot, dv, weight);
+        else f->softmax(1, s, n, w->top, w->m + lane, w->l + lane, ot, dv);
+        if (t + 1 < st->tiles.n) psa__matrix_logits(p, w, q_parts, t + 1, n, next_s);
+        if (finite) f->tile_products(w->v, parts, weight, 2, keys / 32, 1, ot, dv / 16);
+        else psa__pv_hidden(st, tile, s, st->type, lane, f->lanes, ot, f->lanes, 1);
     }
 }
 
@@ -4780,7 +5229,7 @@ static void psa__attend_few(psa__stream *st, psa__tile *tile)
     x.o = w->ot;
     x.weights_only = tile->straddles && !psa__v_finite(st, tile, x.type);
     p->leaves->few(&x);
-    if (x.weights_only) psa__pv_hidden(st, tile, x.type, 0, x.width, w->ot, 1, p->Dv);
+    if (x.weights_only) psa__pv_hidden(st, tile, w->s, x.type, 0, x.width, w->ot, 1, p->Dv);
 }
 
 /* Attends to the tile that waits; the one that was filled waits in its place. */
@@ -4788,6 +5237,7 @@ static void psa__stream_turn(psa__stream *st)
 {
     psa__tile *tile = st->full;
     if (tile->n && st->width) psa__attend_few(st, tile);
+    else if (tile->n && st->p->leaves->tile_products) psa__attend_matrix(st, tile);
     else if (tile->n) psa__attend_tiles(st, tile);
     st->rows += tile->n;
     tile->n = 0;
@@ -4820,7 +5270,7 @@ static void psa__stream_copy(psa__stream *st)
     st->copied = -1;
     for (int64_t at = 0; at < p->Nk; at += n) {
         const float **k = st->tile[0].k, **v = st->tile[0].v;
-        n = psa__min(p->Nk - at, PSA__TILE_K);
+        n = psa__min(p->Nk - at, p->leaves->tile_k);
         psa__stream_rows(st, at, n, k, v);
         for (int64_t i = 0; i < n; i++) {
             p->leaves->to_f32(st->w.head_k + (at + i) * p->D, k[i], p->k.type, p->D);
@@ -4839,7 +5289,7 @@ static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int s
     int64_t at = jk * p->desc.block_k, end = at + psa__block_k_rows(p, jk);
     while (at < end) {
         psa__tile *t = st->next;
-        int64_t to = t->n, n = psa__min(end - at, PSA__TILE_K - to);
+        int64_t to = t->n, n = psa__min(end - at, p->leaves->tile_k - to);
         psa__stream_rows(st, at, n, t->k + to, t->v + to);
         for (int64_t i = 0; i < n; i++) {
             t->bias[to + i] = 0.0f;
@@ -4847,7 +5297,7 @@ static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int s
         }
         t->straddles |= straddles;
         t->n += n;
-        if (t->n == PSA__TILE_K) psa__stream_turn(st);
+        if (t->n == p->leaves->tile_k) psa__stream_turn(st);
         at += n;
     }
 }
@@ -4864,7 +5314,7 @@ static void psa__stream_pooled(psa__stream *st, int64_t jk, int i)
         t->bias[t->n] = ((const float *)(const void *)(st->base + p->at_bias))[row];
         t->first[t->n++] = 0;
         t->pooled = 1;
-        if (t->n == PSA__TILE_K) psa__stream_turn(st);
+        if (t->n == p->leaves->tile_k) psa__stream_turn(st);
     }
 }
 
@@ -4927,7 +5377,7 @@ static void psa__write_out(psa__stream *st, int64_t lanes)
         if (st->width) f->scale(row[i], w->l[i], dv);
     }
     for (int64_t t = 0, lane = 0; t < st->tiles.n; t++) {
-        f->unpack(st->tiles.nv[t], row + lane, w->ot + lane * dv, dv, w->l + lane);
+        f->unpack(st->tiles.nv[t], row + lane, w->ot + lane * psa__ot_rows(st->p), dv, w->l + lane);
         lane += st->tiles.nv[t] * f->lanes;
     }
     for (int64_t i = 0; i < st->n; i++) {
@@ -4954,11 +5404,15 @@ static int64_t psa__place_queries(psa__stream *st)
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
     const float *row[PSA_MAX_BLOCK_Q];
+    st->tiles = psa__tiles_of(p->leaves, st->n);
+    st->width = 0;
+    if (st->n > p->leaves->lanes && p->leaves->tile_products) {
+        memcpy(row, st->q, (size_t)st->n * sizeof *row);
+        return psa__tile_queries(p, &st->w, &st->tiles, p->q.type, psa__parts(p->q.type), row, st->n);
+    }
     for (int64_t i = 0; i < st->n; i++) {
         row[i] = psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], st->w.rows + i * p->D);
     }
-    st->tiles = psa__tiles_of(p->leaves, st->n);
-    st->width = 0;
     if (st->n > p->leaves->lanes) return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale);
     st->tiles.n = 0;
     for (st->width = 1; st->width < st->n;) st->width *= 2;
@@ -4976,7 +5430,7 @@ static void psa__attend_block(psa__stream *st, const uint8_t *level, int64_t h, 
         w->m[i] = PSA__LOWEST;
         w->l[i] = 0.0f;
     }
-    memset(w->ot, 0, (size_t)(lanes * p->Dv) * sizeof(float));
+    memset(w->ot, 0, (size_t)(lanes * psa__ot_rows(p)) * sizeof(float));
     st->rows = 0;
     psa__stream_blocks(st, level);
     if (lse) psa__write_lse(st, h, lse);
@@ -4995,7 +5449,7 @@ static void psa__stream_init(psa__stream *st, const psa_plan *p, const void *k, 
     st->type = p->k.type;
     st->in_place = p->k.type == PSA_F32 && psa__is_aligned(&p->k, k) && psa__is_aligned(&p->v, v);
     for (int i = 0; i < 2; i++) {
-        int at = i * (PSA__TILE_K + PSA__PAD_K);
+        int at = i * (p->leaves->tile_k + PSA__PAD_K);
         st->tile[i].k = st->w.kp + at;
         st->tile[i].v = st->w.vp + at;
         st->tile[i].bias = st->w.bias + at;
@@ -5080,7 +5534,7 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
     if ((r = psa__attend_share(p, levels, ith, nth, &begin, &end)) != PSA_OK) return r;
     psa__stream_init(&st, p, k, v, work, ith);
     rows = (int64_t *)(void *)(psa__align(work) + p->at_rows);
-    mode = p->leaves->denormals_off();
+    mode = p->leaves->enter();
     st.heads = psa__heads_together(p, levels);
     if (begin < end) st.next_n = psa__task_rows(&st, &p->q, q, begin, st.next_q);
     for (int64_t task = begin; task < end; task++) {
@@ -5095,7 +5549,7 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
         psa__attend_block(&st, levels ? levels + task * p->nk : NULL, h, lse);
         for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * p->nq + st.iq] = st.rows;
     }
-    p->leaves->denormals_restore(mode);
+    p->leaves->leave(mode);
     return PSA_OK;
 }
 
@@ -5593,7 +6047,7 @@ static void psa__call_levels(void *ctx, int ith, int nth)
     psa_plan plan_here;
     const psa_plan *p = &plan_here;
     psa__scratch w = psa__scratch_of(c->plan, c->work, ith);
-    unsigned mode = c->plan->leaves->denormals_off();
+    unsigned mode = c->plan->leaves->enter();
     int64_t together = psa__score_together(c->plan), tasks = psa__ceil_div(c->plan->nq, together), begin, end;
     psa__enter(c->plan, c->work, ith, nth, &plan_here);
     psa__share(p->B * p->Hq * tasks, ith, nth, &begin, &end);
@@ -5607,7 +6061,7 @@ static void psa__call_levels(void *ctx, int ith, int nth)
                           c->levels + at + x * p->nk);
         }
     }
-    p->leaves->denormals_restore(mode);
+    p->leaves->leave(mode);
 }
 
 static void psa__call_attend(void *ctx, int ith, int nth)

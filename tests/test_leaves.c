@@ -561,6 +561,101 @@ static void check_hull(const psa__leaves *f, int round) {
 
 static void leaves_hull(void) { every_isa(100, check_hull); }
 
+/* ---- matrix tiles ---- */
+
+/* n rows of d elements, and n pointers to them. */
+static const float **rows_of(psa_type type, int64_t n, int64_t d, char **data) {
+    const float **row = (const float **)xmalloc((size_t)n * sizeof *row);
+    *data = (char *)xmalloc((size_t)(n * d) * psa_type_size(type));
+    for (int64_t i = 0; i < n * d; i++)
+        set_element(*data, type, (size_t)i, (float)rnd_normal());
+    for (int64_t i = 0; i < n; i++)
+        row[i] = (const float *)(const void *)(*data + (size_t)(i * d) * psa_type_size(type));
+    return row;
+}
+
+/* Logits of 16 queries, their weights, and what they add to the output. Keys beyond n have rows, but no weight. */
+static void check_matrix(const psa__leaves *f, int round) {
+    psa_type type_q = (psa_type)(round % 3), type = round % 2 ? PSA_F16 : PSA_BF16;
+    int64_t d = 8 * rnd_int(1, 32), dv = 8 * rnd_int(1, 32), n = rnd_int(1, PSA__TILE_MATRIX);
+    int64_t keys = psa__up_to_32(n), rows = (n + 15) / 16 * 16, columns = psa__up_to_32(dv);
+    int q_parts = psa__parts(type_q), parts = psa__parts(type), add = rnd_chance(50);
+    float scale = (float)rnd_uniform(), bias[PSA__TILE_MATRIX], top[16], m[16], l[16];
+    char *q_data, *k_data, *v_data;
+    const float **q = rows_of(type_q, 16, d, &q_data), **k = rows_of(type, n, d, &k_data);
+    const float **v = rows_of(type, keys, dv, &v_data);
+    guarded memory[6] = {guarded_new((size_t)(psa__up_to_32(d) * 8 * q_parts) * sizeof(float), 0),
+                         guarded_new((size_t)(psa__up_to_32(d) / 2 * parts * rows) * sizeof(float), 0),
+                         guarded_new((size_t)(columns / 2 * parts * keys) * sizeof(float), 0),
+                         guarded_new((size_t)(keys * 16) * sizeof(float), 0),
+                         guarded_new((size_t)(keys * 16) * sizeof(float), 0),
+                         guarded_new((size_t)(columns * 16) * sizeof(float), 0)};
+    float *at[6];
+    double *p = (double *)xmalloc((size_t)(n * 16) * sizeof *p);
+    unsigned mode;
+    for (int i = 0; i < 6; i++)
+        at[i] = (float *)guarded_data(&memory[i]);
+    fill(bias, n, 1), fill(at[5], columns * 16, 1);
+    memset(at[1], 0, (size_t)(psa__up_to_32(d) / 2 * parts * rows) * sizeof(float));
+    mode = f->enter();
+    f->tile_queries(type_q, q_parts, at[0], q, d);
+    f->tile_keys(type, at[1], k, n, d, NULL);
+    f->tile_products(at[1], parts, at[0], q_parts, psa__up_to_32(d) / 32, 0, at[3], rows / 16);
+    f->tile_logits(at[3], n, scale, round % 5 ? bias : NULL, top);
+    for (int64_t lane = 0; lane < 16; lane++) {
+        double most = -INFINITY;
+        for (int64_t i = 0; i < n; i++) {
+            double want = round % 5 ? (double)bias[i] : 0, size = fabs(want);
+            for (int64_t x = 0; x < d; x++) {
+                double product = (double)element_at((const char *)(const void *)q[lane], type_q, x) *
+                                 (double)element_at((const char *)(const void *)k[i], type, x) * (double)scale;
+                want += product, size += fabs(product);
+            }
+            p[i * 16 + lane] = (double)at[3][i * 16 + lane];
+            check_sum(f, "logit", p[i * 16 + lane], want, size);
+            most = fmax(most, p[i * 16 + lane]);
+        }
+        CHECK((double)top[lane] == most, "%s: top %g, expected %g", f->name, (double)top[lane], most);
+        m[lane] = add ? top[lane] - 3 : top[lane] - 20; /* kept, or moved up to top while o shrinks */
+        l[lane] = (float)rnd_uniform();
+    }
+    float was_l[16], *was = (float *)xmalloc((size_t)(columns * 16) * sizeof *was);
+    memcpy(was_l, l, sizeof l), memcpy(was, at[5], (size_t)(columns * 16) * sizeof *was);
+    f->tile_weights(at[3], n, top, m, l, at[5], columns, at[4]);
+    f->tile_values(type, at[2], v, n, dv, &(psa__ahead){v, keys, 0});
+    f->tile_products(at[2], parts, at[4], 2, keys / 32, 1, at[5], columns / 16);
+    f->leave(mode);
+    for (int64_t lane = 0; lane < 16; lane++) {
+        double shrink = add ? 1 : exp2(-20), sum = (double)was_l[lane] * shrink;
+        CHECK((double)m[lane] == (double)(add ? top[lane] - 3 : top[lane]), "%s: m %g", f->name, (double)m[lane]);
+        for (int64_t i = 0; i < n; i++)
+            sum += p[i * 16 + lane] = exp2(p[i * 16 + lane] - (double)m[lane]);
+        check_sum(f, "denominator", (double)l[lane], sum, sum);
+        for (int64_t x = 0; x < dv; x++) {
+            double want = (double)was[x * 16 + lane] * shrink, size = fabs(want);
+            for (int64_t i = 0; i < n; i++) {
+                double product = p[i * 16 + lane] * (double)element_at((const char *)(const void *)v[i], type, x);
+                want += product, size += fabs(product);
+            }
+            double got = (double)at[5][x * 16 + lane];
+            CHECK(fabs(got - want) <= (0x1p-16 + 1e-6) * size, "%s: output %.9g, expected %.9g", f->name, got, want);
+        }
+    }
+    for (int i = 0; i < 6; i++) {
+        CHECK(guarded_intact(&memory[i]), "%s: guard bytes were written", f->name);
+        guarded_free(&memory[i]);
+    }
+    free(p), free(was), free(q), free(k), free(v), free(q_data), free(k_data), free(v_data);
+}
+
+static void leaves_matrix(void) {
+    if (psa_isa_supported(PSA_ISA_AMX) && psa__ask_for_tiles())
+        for (int r = 0; r < test_rounds(300); r++) {
+            rnd_round(r);
+            check_matrix(psa__leaves_of(PSA_ISA_AMX), r);
+        }
+}
+
 const test_case tests_leaves[] = {
     {"leaves/vectors", leaves_vectors},
     {"leaves/types", leaves_types},
@@ -575,5 +670,6 @@ const test_case tests_leaves[] = {
     {"leaves/block_error", leaves_block_error},
     {"leaves/row_error", leaves_row_error},
     {"leaves/hull", leaves_hull},
+    {"leaves/matrix", leaves_matrix},
     {NULL, NULL},
 };

@@ -84,6 +84,7 @@ static double bf16_goal(int64_t d) { return d == 64 ? 0.78 : d == 128 ? 0.84 : 0
 
 static void dense_group(bench *b, int64_t n, int64_t d) {
     bench_input *in[3] = {0};
+    row *f32 = NULL;
     int threads = b->crew->n_threads;
     for (int type = PSA_F32; type <= PSA_BF16; type++)
         if (type == PSA_F32 || type_wanted(b, type))
@@ -91,23 +92,23 @@ static void dense_group(bench *b, int64_t n, int64_t d) {
     for (int isa = PSA_ISA_SCALAR; isa < PSA_ISA_END; isa++) {
         if (!isa_wanted(b, (psa_isa)isa))
             continue;
-        row *base = add_peak(b, in[PSA_F32], (psa_isa)isa, PSA_F32, threads);
-        name_row(base, "%s peak", psa_isa_name((psa_isa)isa));
         for (int type = PSA_F32; type <= PSA_BF16; type++) {
-            if (!in[type])
-                continue;
+            psa_isa is = isa_of((psa_isa)isa, type);
             row *peak = NULL;
-            if (type == PSA_BF16 && peak_has_bf16((psa_isa)isa)) {
-                peak = add_peak(b, in[type], (psa_isa)isa, PSA_BF16, threads);
-                name_row(peak, "%s bf16 peak", psa_isa_name((psa_isa)isa));
+            if (!in[type] || (type == PSA_F32 && f32 && f32->isa == is))
+                continue;
+            if (type == PSA_F32 || (type == PSA_BF16 && peak_has_bf16(is))) {
+                peak = add_peak(b, in[type], is, (psa_type)type, threads);
+                name_row(peak, "%s %s peak", psa_isa_name(is), type_name(type));
             }
-            row *r = add_dense(b, in[type], (psa_isa)isa, n, threads);
-            set_base(r, base, 0, type == PSA_F32 ? dense_goal((psa_isa)isa, d) : 0.9);
-            if (peak)
-                set_base(r, peak, 0, bf16_goal(d));
-            name_row(r, "%s %s", psa_isa_name((psa_isa)isa), type_name(type));
+            row *r = add_dense(b, in[type], is, n, threads);
+            name_row(r, "%s %s", psa_isa_name(is), type_name(type));
             if (type == PSA_F32)
-                base = r;
+                f32 = r;
+            else
+                set_base(r, f32, 0, 0.9);
+            if (peak)
+                set_base(r, peak, 0, type == PSA_F32 ? dense_goal(is, d) : bf16_goal(d));
         }
     }
     measure_rows(b);

@@ -48,6 +48,8 @@ PEAK_LOOP(peak_avx512_bf16, __attribute__((target("avx512f,avx512bf16"))), __m51
           _mm512_add_ps, _mm512_cvtss_f32)
 #endif
 
+static int peak_is_avx512(psa_isa isa) { return isa == PSA_ISA_AVX512 || isa == PSA_ISA_AMX; }
+
 /* Whether the CPU multiplies bf16 in vectors of this instruction set. */
 static int peak_has_bf16(psa_isa isa) {
 #ifdef PEAK_X86
@@ -68,7 +70,7 @@ static float peak_loop(psa_isa isa, psa_type type) {
 #ifdef PEAK_X86
     if (isa == PSA_ISA_AVX512 && type == PSA_BF16)
         return peak_avx512_bf16();
-    if (isa == PSA_ISA_AVX512)
+    if (peak_is_avx512(isa))
         return peak_avx512();
     if (isa == PSA_ISA_AVX2)
         return peak_avx2();
@@ -96,7 +98,7 @@ static void peak_task(void *ctx, int ith, int nth) {
 
 /* Floating-point operations of peak_seconds. */
 static double peak_flop(psa_isa isa, psa_type type, int threads) {
-    int lanes = isa == PSA_ISA_AVX512 ? 16 : isa == PSA_ISA_AVX2 ? 8 : BASE_LANES;
+    int lanes = peak_is_avx512(isa) ? 16 : isa == PSA_ISA_AVX2 ? 8 : BASE_LANES;
     return (type == PSA_BF16 ? 4.0 : 2.0) * lanes * CHAINS * PEAK_ROUNDS * threads;
 }
 
@@ -135,7 +137,7 @@ READ_LOOP(read_avx512, __attribute__((target("avx512f"))), 64)
 
 static uint64_t read_loop(psa_isa isa, const char *data, size_t bytes) {
 #ifdef PEAK_X86
-    if (isa == PSA_ISA_AVX512)
+    if (peak_is_avx512(isa))
         return read_avx512(data, bytes);
     if (isa == PSA_ISA_AVX2)
         return read_avx2(data, bytes);

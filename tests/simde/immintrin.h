@@ -55,8 +55,52 @@ static inline __m512 _mm512_reduce_ps(__m512 x, int select) {
     return _mm512_loadu_ps(lane);
 }
 
+/* Lanes that are in the mask, and zeros; the others are not touched. */
+static inline __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void *from) {
+    int32_t to[16] = {0};
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            memcpy(to + i, (const char *)from + 4 * i, sizeof *to);
+    return _mm512_loadu_si512(to);
+}
+
 static inline int _mm_popcnt_u32(unsigned x) {
     return __builtin_popcount(x);
+}
+
+/* AMX: tiles of 16 rows of 64 bytes, each thread has its own */
+static __thread unsigned char tiles[8][16][64];
+
+static inline void _tile_loadconfig(const void *config) { (void)config; }
+static inline void _tile_release(void) {}
+static inline void _tile_zero(int t) { memset(tiles[t], 0, sizeof tiles[t]); }
+
+static inline void _tile_loadd(int t, const void *base, int64_t stride) {
+    for (int i = 0; i < 16; i++)
+        memcpy(tiles[t][i], (const char *)base + i * stride, 64);
+}
+
+static inline void _tile_stored(int t, void *base, int64_t stride) {
+    for (int i = 0; i < 16; i++)
+        memcpy((char *)base + i * stride, tiles[t][i], 64);
+}
+
+static inline float tile_bf16(int t, int row, int column) {
+    unsigned bits = (unsigned)tiles[t][row][2 * column + 1] << 24 | (unsigned)tiles[t][row][2 * column] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline void _tile_dpbf16ps(int c, int a, int b) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) {
+            float sum;
+            memcpy(&sum, tiles[c][i] + 4 * j, sizeof sum);
+            for (int k = 0; k < 32; k++)
+                sum += tile_bf16(a, i, k) * tile_bf16(b, k / 2, 2 * j + k % 2);
+            memcpy(tiles[c][i] + 4 * j, &sum, sizeof sum);
+        }
 }
 
 #endif
