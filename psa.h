@@ -992,8 +992,8 @@ typedef struct psa__leaves {
     void (*hull)(float *error, int64_t n_row, int64_t n, int last, float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1]);
 
     /* pack, qk, softmax and pv for K and V of f16 or bf16 where there are matrix tiles, else NULL. One vector of
-     * queries at a time: s[keys][lanes], ot[dv][lanes]. d and dv are filled up with zeros to a multiple of 32, keys to one of
-     * 32 with weights of 0; v has valid pointers for them. qt, kt, vt and weight are tiles of numbers in parts
+     * queries at a time: s[keys][lanes], ot[dv][lanes]. d and dv are filled up with zeros to a multiple of 32, keys to
+     * one of 32 with weights of 0; v has valid pointers for them. qt, kt, vt and weight are tiles of numbers in parts
      * (>>leaves). tile_products: n tiles of c = a b or, to add, c += a b, over `steps` times 32 columns of a; products
      * of parts below 2^-24 are left out. tile_logits: s = scale * s + bias, and its maxima. ahead may be NULL for
      * keys. */
