@@ -142,8 +142,7 @@
  *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block,
  *     up to 64 for POOLED) floats. Linear in N for each of them but the maps, which have nq * nk entries. A tree takes
  *     4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB
- *     a head; dense attention D + Dv floats a key and thread where K or V are not f32 rows one after the other, but not
- *     with AMX.
+ *     a head; dense attention D + Dv floats a key and thread where K or V are not f32 rows one after the other.
  *
  * THREADS
  *
@@ -995,8 +994,8 @@ typedef struct psa__leaves {
      * queries at a time: s[keys][lanes], ot[dv][lanes]. d and dv are filled up with zeros to a multiple of 32, keys to
      * one of 32 with weights of 0; v has valid pointers for them. qt, kt, vt and weight are tiles of numbers in parts
      * (>>leaves). tile_products: n tiles of c = a b or, to add, c += a b, over `steps` times 32 columns of a; products
-     * of parts below 2^-24 are left out. tile_logits: s = scale * s + bias, and its maxima. ahead may be NULL for
-     * keys. */
+     * of parts below 2^-24 are left out. tile_logits: s = scale * s + bias, and its maxima. ahead may be
+     * NULL. */
     void (*tile_queries)(psa_type type, int parts, float *qt, const float *const *rows, int64_t d);
     void (*tile_keys)(psa_type type, float *kt, const float *const *k, int64_t n, int64_t d, const psa__ahead *ahead);
     void (*tile_values)(psa_type type, float *vt, const float *const *v, int64_t n, int64_t dv,
@@ -2640,7 +2639,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(tile_values_of)(psa_type type, int par
                                                           int64_t n, int64_t dv, const psa__ahead *ahead)
 {
     const int64_t steps = psa__up_to_32(n) / 32, next = parts * steps * 256;
-    PSA__(prefetch)(ahead, 0, ahead->n);
+    if (ahead) PSA__(prefetch)(ahead, 0, ahead->n);
     for (int64_t x = 0; x < dv; x += 32, vt += 2 * next) {
         for (int64_t tile = 0; tile < parts * steps; tile++) {
             const float *const *rows = v + tile % steps * 32;
@@ -3355,7 +3354,7 @@ typedef struct psa__scratch {
     const float **kp, **vp; /* row pointers of two tiles, or of a block */
     float *bias;         /* per key of them */
     int32_t *first;      /* per key of them: first lane that sees it */
-    float *head_k, *head_v; /* [Nk][D], [Nk][Dv]: a KV head's rows in their order, if the plan copies them */
+    float *head_k, *head_v; /* a KV head in its order, if the plan copies it: [Nk][D] and [Nk][Dv], or matrix tiles */
 
     int64_t *lane_token; /* per lane: the last token it stands for */
     float *bm, *bs;      /* [nk][lanes]: maximum and sum of a block */
@@ -3411,15 +3410,17 @@ static int64_t psa__ot_rows(const psa_plan *p) { return p->leaves->tile_products
 /* Numbers of a type are the sum of so many in bf16. */
 static int psa__parts(psa_type type) { return type == PSA_BF16 ? 1 : type == PSA_F16 ? 2 : 3; }
 
-/* Whether dense attention reads a thread's own f32 copy of a KV head: rows that lie apart or are converted cost more
- * every time that they are read, and a copy about as much as reading them for one query block. */
+/* Floats that a row of K or V takes in matrix tiles. */
+static int64_t psa__tile_row(const psa_plan *p, int64_t d) { return psa__up_to_32(d) / 2 * psa__parts(p->k.type); }
+
+/* Whether dense attention reads a thread's own copy of a KV head, in f32 or in matrix tiles: rows that lie apart or are
+ * converted cost more every time that they are read, and a copy about as much as reading them for one query block. */
 static int psa__copies_head(const psa_plan *p)
 {
     size_t f = sizeof(float);
     int apart = p->k.type != PSA_F32 || p->desc.order_k.index || p->k.nb[1] != (size_t)p->D * f ||
                 p->v.nb[1] != (size_t)p->Dv * f;
     size_t blocks = psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq) / (size_t)p->desc.n_threads;
-    if (p->leaves->tile_products) return 0;
     return p->desc.mask == PSA_MASK_DENSE && apart && p->nq >= 4 && blocks >= 4; /* of a head, in one thread */
 }
 
@@ -3435,9 +3436,14 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     size_t rows = lanes * (d > dv ? d : dv), tokens = (size_t)psa__max(p->Nq, p->Nk);
     int errors = p->desc.mask == PSA_MASK_ERROR, priced = scored && p->desc.density > 0;
     int tree = scored && p->desc.tree != PSA_TREE_NONE;
-    size_t copied = psa__copies_head(p) ? (size_t)p->Nk : 0;
+    size_t copied = psa__copies_head(p) ? (size_t)p->Nk : 0, copied_d = d, copied_dv = dv;
     uintptr_t b = (uintptr_t)base;
     psa__scratch s;
+    if (copied && p->leaves->tile_products) {
+        copied = psa__add(copied, PSA__TILE_MATRIX);
+        copied_d = (size_t)psa__tile_row(p, p->D);
+        copied_dv = (size_t)psa__tile_row(p, p->Dv);
+    }
     s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * 3 / 2 * (size_t)psa__up_to_32(p->D), f));
     s.s = (float *)(b + psa__take(&at, keys * 64, f));
     s.m = (float *)(b + psa__take(&at, lanes, f));
@@ -3451,8 +3457,8 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     s.vp = (const float **)(b + psa__take(&at, keys, sizeof(float *)));
     s.bias = (float *)(b + psa__take(&at, keys, f));
     s.first = (int32_t *)(b + psa__take(&at, keys, sizeof(int32_t)));
-    s.head_k = (float *)(b + psa__take(&at, psa__mul(copied, d), f));
-    s.head_v = (float *)(b + psa__take(&at, psa__mul(copied, dv), f));
+    s.head_k = (float *)(b + psa__take(&at, psa__mul(copied, copied_d), f));
+    s.head_v = (float *)(b + psa__take(&at, psa__mul(copied, copied_dv), f));
     s.lane_token = (int64_t *)(b + psa__take(&at, lanes, sizeof(int64_t)));
     s.bm = (float *)(b + psa__take(&at, pairs, f));
     s.bs = (float *)(b + psa__take(&at, pairs, f));
@@ -4486,11 +4492,12 @@ static void psa__score_errors(const psa_plan *p, const char *base, int64_t head,
     }
 }
 
-/* Products of n keys in w->k, in matrix tiles, with the t-th vector of queries in w->qt. */
-static void psa__matrix_logits(const psa_plan *p, psa__scratch *w, int q_parts, int64_t t, int64_t n, float *s)
+/* Products of n keys in matrix tiles with the t-th vector of queries in w->qt. */
+static void psa__matrix_logits(const psa_plan *p, const psa__scratch *w, const float *kt, int q_parts, int64_t t,
+                               int64_t n, float *s)
 {
     int64_t d = psa__up_to_32(p->D), lanes = p->leaves->lanes;
-    p->leaves->tile_products(w->k, psa__parts(p->k.type), w->qt + t * lanes * q_parts * d / 2, q_parts, d / 32, 0, s,
+    p->leaves->tile_products(kt, psa__parts(p->k.type), w->qt + t * lanes * q_parts * d / 2, q_parts, d / 32, 0, s,
                              psa__ceil_div(n, 16));
 }
 
@@ -4521,7 +4528,7 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
     for (int t = 0; t < tiles->n; t++) {
         int64_t width = tiles->nv[t] * f->lanes;
         if (matrix) {
-            psa__matrix_logits(p, w, psa__score_parts(p), t, keys, w->s);
+            psa__matrix_logits(p, w, w->k, psa__score_parts(p), t, keys, w->s);
             f->tile_logits(w->s, keys, (float)(p->desc.scale * PSA__LOG2E), bias, w->top);
         } else {
             f->qk(tiles->nv[t], w->qt + lane * d, w->kp, keys, d, bias, w->s, w->top, NULL);
@@ -5171,6 +5178,15 @@ static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
     }
 }
 
+/* n rows of K and V as matrix tiles. */
+static void psa__tile_rows(const psa_plan *p, const float *const *k, const float **v, int64_t n, float *kt, float *vt,
+                           const psa__ahead *ahead_k, const psa__ahead *ahead_v)
+{
+    for (int64_t i = n; i < psa__up_to_32(n); i++) v[i] = v[n - 1];
+    p->leaves->tile_keys(p->k.type, kt, k, n, p->D, ahead_k);
+    p->leaves->tile_values(p->k.type, vt, v, n, p->Dv, ahead_v);
+}
+
 /* The same with matrix tiles. Logits of the next vector of queries are computed before the weights of this one are
  * used: a tile cannot be loaded while what it holds is still on its way to the cache. */
 static void psa__attend_matrix(psa__stream *st, psa__tile *tile)
@@ -5184,10 +5200,14 @@ static void psa__attend_matrix(psa__stream *st, psa__tile *tile)
     psa__ahead k = {st->next->k, st->next->n, (size_t)p->D * 2}, v = {st->next->v, st->next->n, (size_t)p->Dv * 2};
     float scale = (float)(p->desc.scale * PSA__LOG2E), *weight = w->s + 2 * SIZE;
     int finite = !tile->straddles || psa__v_finite(st, tile, st->type);
-    for (int64_t i = n; i < keys; i++) tile->v[i] = tile->v[n - 1];
-    f->tile_keys(st->type, w->k, tile->k, n, p->D, &k);
-    f->tile_values(st->type, w->v, tile->v, n, p->Dv, &v);
-    psa__matrix_logits(p, w, q_parts, 0, n, w->s);
+    const float *kt = w->k, *vt = w->v;
+    if (st->copied >= 0) { /* dense: tiles are as there */
+        kt = w->head_k + st->rows * psa__tile_row(p, p->D);
+        vt = w->head_v + st->rows * psa__tile_row(p, p->Dv);
+    } else {
+        psa__tile_rows(p, tile->k, tile->v, n, w->k, w->v, &k, &v);
+    }
+    psa__matrix_logits(p, w, kt, q_parts, 0, n, w->s);
     for (int t = 0; t < st->tiles.n; t++) {
         int64_t lane = t * f->lanes;
         float *ot = w->ot + lane * dv, *s = w->s + t % 2 * SIZE, *next_s = w->s + (t + 1) % 2 * SIZE;
@@ -5198,8 +5218,8 @@ static void psa__attend_matrix(psa__stream *st, psa__tile *tile)
         psa__first_maxima(st, lane, f->lanes);
         if (finite) f->tile_weights(s, n, w->top, w->m + lane, w->l + lane, ot, dv, weight);
         else f->softmax(1, s, n, w->top, w->m + lane, w->l + lane, ot, dv);
-        if (t + 1 < st->tiles.n) psa__matrix_logits(p, w, q_parts, t + 1, n, next_s);
-        if (finite) f->tile_products(w->v, parts, weight, 2, keys / 32, 1, ot, dv / 16);
+        if (t + 1 < st->tiles.n) psa__matrix_logits(p, w, kt, q_parts, t + 1, n, next_s);
+        if (finite) f->tile_products(vt, parts, weight, 2, keys / 32, 1, ot, dv / 16);
         else psa__pv_hidden(st, tile, s, st->type, lane, f->lanes, ot, f->lanes, 1);
     }
 }
@@ -5250,7 +5270,7 @@ static void psa__stream_turn(psa__stream *st)
 static void psa__stream_rows(const psa__stream *st, int64_t begin, int64_t n, const float **k, const float **v)
 {
     const psa_plan *p = st->p;
-    if (st->copied < 0) {
+    if (st->copied < 0 || p->leaves->tile_products) {
         psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, begin, n, NULL, k);
         psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, begin, n, NULL, v);
     } else {
@@ -5272,12 +5292,18 @@ static void psa__stream_copy(psa__stream *st)
         const float **k = st->tile[0].k, **v = st->tile[0].v;
         n = psa__min(p->Nk - at, p->leaves->tile_k);
         psa__stream_rows(st, at, n, k, v);
+        if (p->leaves->tile_products) {
+            psa__tile_rows(p, k, v, n, st->w.head_k + at * psa__tile_row(p, p->D),
+                           st->w.head_v + at * psa__tile_row(p, p->Dv), NULL, NULL);
+            continue;
+        }
         for (int64_t i = 0; i < n; i++) {
             p->leaves->to_f32(st->w.head_k + (at + i) * p->D, k[i], p->k.type, p->D);
             p->leaves->to_f32(st->w.head_v + (at + i) * p->Dv, v[i], p->v.type, p->Dv);
         }
     }
     st->copied = head;
+    if (p->leaves->tile_products) return;
     st->type = PSA_F32;
     st->in_place = 1;
 }
@@ -5545,7 +5571,7 @@ PSA__DEF psa_result psa_attend(const psa_plan *plan, const void *q, const void *
         memcpy(st.q, st.next_q, sizeof st.q);
         st.n = psa__task_rows(&st, &p->out, out, task, st.out);
         st.next_n = task + 1 < end ? psa__task_rows(&st, &p->q, q, task + 1, st.next_q) : 0;
-        psa__stream_copy(&st);
+        if (!levels || !p->leaves->tile_products) psa__stream_copy(&st); /* tiles hold all keys in order */
         psa__attend_block(&st, levels ? levels + task * p->nk : NULL, h, lse);
         for (int64_t i = 0; i < st.heads; i++) rows[(head + i) * p->nq + st.iq] = st.rows;
     }

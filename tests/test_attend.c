@@ -148,13 +148,18 @@ static void attend_head_copy(void) {
         rnd_round(r);
         setup s;
         shape x = shape_random();
-        x.Nq = rnd_int(64, 200), x.Nk = x.Nq + rnd_int(0, 100);
+        x.Nq = rnd_int(128, 200), x.Nk = x.Nq + rnd_int(0, 100);
+        x.type_kv = (psa_type)((r + 2) % 3);
         psa_desc desc = desc_random_blocks(&x);
-        desc.block_q = 16, desc.mask = PSA_MASK_DENSE, desc.n_threads = rnd_int(1, 2);
+        desc.isa = r % 4 < 2 ? PSA_ISA_AUTO : desc.isa;
+        desc.block_q = r % 2 ? 16 : 32, desc.mask = PSA_MASK_DENSE, desc.n_threads = rnd_int(1, 2);
         if (!setup_init(&s, &desc, &x))
             continue;
         run_attend(&s, NULL, desc.n_threads);
         CHECK_ATTENTION(&s, NULL);
+        random_levels(&s.plan, 1, 50, setup_levels(&s)); /* rows are not read in the order in which they are copied */
+        run_attend(&s, setup_levels(&s), desc.n_threads);
+        CHECK_ATTENTION(&s, setup_levels(&s));
         setup_free(&s);
     }
 }
