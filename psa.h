@@ -991,11 +991,11 @@ typedef struct psa__leaves {
     void (*hull)(float *error, int64_t n_row, int64_t n, int last, float per_cost[PSA_MAX_LEVELS][PSA_MAX_LEVELS + 1]);
 
     /* pack, qk, softmax and pv for K and V of f16 or bf16 where there are matrix tiles, else NULL. One vector of
-     * queries at a time: s[keys][lanes], ot[dv][lanes]. d and dv are filled up with zeros to a multiple of 32, keys to
-     * one of 32 with weights of 0; v has valid pointers for them. qt, kt, vt and weight are tiles of numbers in parts
-     * (>>leaves). tile_products: n tiles of c = a b or, to add, c += a b, over `steps` times 32 columns of a; products
-     * of parts below 2^-24 are left out. tile_logits: s = scale * s + bias, and its maxima. ahead may be
-     * NULL. */
+     * queries at a time: s[keys][lanes], ot[dv][lanes]. d and dv are filled up with zeros to a multiple of 32, n keys
+     * to `keys`, one of 32, with weights of 0; v has valid pointers for them. qt, kt, vt and weight are tiles of
+     * numbers in parts (>>leaves). tile_products: n tiles of c = a b or, to add, c += a b, over `steps` times 32
+     * columns of a; products of parts below 2^-24 are left out. tile_logits: s = scale * s + bias, and its maxima.
+     * ahead may be NULL. */
     void (*tile_queries)(psa_type type, int parts, float *qt, const float *const *rows, int64_t d);
     void (*tile_keys)(psa_type type, float *kt, const float *const *k, int64_t n, int64_t d, const psa__ahead *ahead);
     void (*tile_values)(psa_type type, float *vt, const float *const *v, int64_t n, int64_t dv,
@@ -1003,7 +1003,7 @@ typedef struct psa__leaves {
     void (*tile_products)(const float *a, int a_parts, const float *b, int b_parts, int64_t steps, int add,
                           float *c, int64_t n);
     void (*tile_logits)(float *s, int64_t n, float scale, const float *bias, float *top);
-    void (*tile_weights)(float *s, int64_t n, const float *top, float *m, float *l, float *ot, int64_t dv,
+    void (*tile_weights)(float *s, int64_t n, int64_t keys, const float *top, float *m, float *l, float *ot, int64_t dv,
                          float *weight);
 
     /* Denormals off on this thread, matrix tiles on; the return value brings the caller's mode back. */
@@ -2745,15 +2745,15 @@ static PSA__TARGET void PSA__(tile_logits)(float *s, int64_t n, float scale, con
     PSA__(store)(top, PSA__(max)(a, b));
 }
 
-static PSA__TARGET void PSA__(tile_weights)(float *s, int64_t n, const float *top, float *m, float *l, float *ot,
-                                            int64_t dv, float *weight)
+static PSA__TARGET void PSA__(tile_weights)(float *s, int64_t n, int64_t keys, const float *top, float *m, float *l,
+                                            float *ot, int64_t dv, float *weight)
 {
     PSA__V mj, sum;
     PSA__(rescale)(1, top, m, l, ot, dv);
     mj = PSA__(load)(m);
     sum = PSA__(load)(l);
-    for (int64_t key = n; key < psa__up_to_32(n); key++) PSA__(store)(s + key * 16, PSA__(splat)(-INFINITY));
-    for (int64_t key = 0; key < n; weight += 256) {
+    for (int64_t key = n; key < keys; key++) PSA__(store)(s + key * 16, PSA__(splat)(-INFINITY));
+    for (int64_t key = 0; key < keys; weight += 256) {
         for (int64_t end = key + 32; key < end; key += 2, weight += 16) {
             const PSA__V a = PSA__(exp2)(PSA__(sub)(PSA__(load)(s + key * 16), mj));
             const PSA__V b = PSA__(exp2)(PSA__(sub)(PSA__(load)(s + key * 16 + 16), mj));
@@ -3438,13 +3438,14 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     int tree = scored && p->desc.tree != PSA_TREE_NONE;
     size_t copied = psa__copies_head(p) ? (size_t)p->Nk : 0, copied_d = d, copied_dv = dv;
     uintptr_t b = (uintptr_t)base;
+    size_t qt = lanes * (p->leaves->tile_products ? (size_t)psa__up_to_32(p->D) / 2 * 3 : d); /* up to three parts */
     psa__scratch s;
     if (copied && p->leaves->tile_products) {
         copied = psa__add(copied, PSA__TILE_MATRIX);
         copied_d = (size_t)psa__tile_row(p, p->D);
         copied_dv = (size_t)psa__tile_row(p, p->Dv);
     }
-    s.qt = (float *)(b + psa__take(&at, query > lanes * d ? query : lanes * 3 / 2 * (size_t)psa__up_to_32(p->D), f));
+    s.qt = (float *)(b + psa__take(&at, query > qt ? query : qt, f));
     s.s = (float *)(b + psa__take(&at, keys * 64, f));
     s.m = (float *)(b + psa__take(&at, lanes, f));
     s.l = (float *)(b + psa__take(&at, lanes, f));
@@ -5195,13 +5196,14 @@ static void psa__attend_matrix(psa__stream *st, psa__tile *tile)
     const psa_plan *p = st->p;
     const psa__leaves *f = p->leaves;
     psa__scratch *w = &st->w;
-    int64_t n = tile->n, keys = psa__up_to_32(n), dv = psa__ot_rows(p);
+    int64_t n = tile->n, dv = psa__ot_rows(p);
+    int64_t keys = psa__up_to_32(st->copied < 0 ? n : psa__min(p->Nk - st->rows, PSA__TILE_MATRIX));
     int q_parts = psa__parts(p->q.type), parts = psa__parts(st->type);
     psa__ahead k = {st->next->k, st->next->n, (size_t)p->D * 2}, v = {st->next->v, st->next->n, (size_t)p->Dv * 2};
     float scale = (float)(p->desc.scale * PSA__LOG2E), *weight = w->s + 2 * SIZE;
     int finite = !tile->straddles || psa__v_finite(st, tile, st->type);
     const float *kt = w->k, *vt = w->v;
-    if (st->copied >= 0) { /* dense: tiles are as there */
+    if (st->copied >= 0) { /* dense: all keys in order, of which causal attention may see fewer than a tile has */
         kt = w->head_k + st->rows * psa__tile_row(p, p->D);
         vt = w->head_v + st->rows * psa__tile_row(p, p->Dv);
     } else {
@@ -5216,7 +5218,7 @@ static void psa__attend_matrix(psa__stream *st, psa__tile *tile)
         for (int64_t i = 0; tile->straddles && i < n; i++) first[i] = tile->first[i] - (int32_t)lane;
         if (tile->straddles) f->hide(1, s, n, first, w->top);
         psa__first_maxima(st, lane, f->lanes);
-        if (finite) f->tile_weights(s, n, w->top, w->m + lane, w->l + lane, ot, dv, weight);
+        if (finite) f->tile_weights(s, n, keys, w->top, w->m + lane, w->l + lane, ot, dv, weight);
         else f->softmax(1, s, n, w->top, w->m + lane, w->l + lane, ot, dv);
         if (t + 1 < st->tiles.n) psa__matrix_logits(p, w, kt, q_parts, t + 1, n, next_s);
         if (finite) f->tile_products(vt, parts, weight, 2, keys / 32, 1, ot, dv / 16);

@@ -59,6 +59,21 @@ static void attend_head_sizes(void) {
         }
 }
 
+/* Queries take different room in the workspace for scores of groups and for attention, most of it with small heads. */
+static void attend_after_groups(void) {
+    for (int type = PSA_F32; type <= PSA_BF16; type++) {
+        rnd_round(type);
+        shape x = shape_random();
+        psa_desc desc = desc_random_blocks(&x);
+        desc.score = PSA_SCORE_ANTIDIAGONAL, desc.stride = 8, desc.isa = PSA_ISA_AUTO;
+        desc.block_q = 64, desc.block_k = 32, desc.causal = 0;
+        x.Nq = 64, x.Nk = 200, x.D = x.Dv = 8;
+        x.type_q = PSA_F32, x.type_kv = (psa_type)type;
+        all_levels(&desc);
+        random_case(&desc, &x);
+    }
+}
+
 static void attend_causal(void) {
     for (int r = 0; r < test_rounds(200); r++) {
         rnd_round(r);
@@ -152,6 +167,7 @@ static void attend_head_copy(void) {
         x.type_kv = (psa_type)((r + 2) % 3);
         psa_desc desc = desc_random_blocks(&x);
         desc.isa = r % 4 < 2 ? PSA_ISA_AUTO : desc.isa;
+        desc.causal = r % 8 == 0, desc.block_k = 16;
         desc.block_q = r % 2 ? 16 : 32, desc.mask = PSA_MASK_DENSE, desc.n_threads = rnd_int(1, 2);
         if (!setup_init(&s, &desc, &x))
             continue;
@@ -716,6 +732,7 @@ const test_case tests_attend[] = {
     {"attend/random", attend_random},
     {"attend/every_isa", attend_every_isa},
     {"attend/head_sizes", attend_head_sizes},
+    {"attend/after_groups", attend_after_groups},
     {"attend/causal", attend_causal},
     {"attend/few", attend_few},
     {"attend/large", attend_large},

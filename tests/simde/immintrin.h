@@ -1,4 +1,4 @@
-/* immintrin.h of the tests' build that runs the AVX2 and AVX-512 leaves on a CPU without them: SIMDe's portable
+/* immintrin.h of the tests' build that runs the AVX2, AVX-512 and AMX leaves on a CPU without them: SIMDe's portable
  * intrinsics under Intel's names, and what SIMDe 0.7.4 lacks. Put first by -Itests/simde, with PSA_SIMD_EMULATED. */
 #ifndef TESTS_SIMDE_IMMINTRIN_H
 #define TESTS_SIMDE_IMMINTRIN_H
