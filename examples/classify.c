@@ -206,8 +206,8 @@ static void run_inputs(job *j) {
 /* A CPU newer than OpenBLAS gets kernels without AVX, several times slower. Kernels are chosen when the library is
  * loaded, from the environment if that says something: say it and start over. */
 static void choose_blas_kernels(char **argv) {
-    psa_isa isa = psa_isa_detect();
-    const char *kernels = isa == PSA_ISA_AVX512 ? "SkylakeX" : isa == PSA_ISA_AVX2 ? "Haswell" : NULL;
+    int avx512 = psa_isa_supported(PSA_ISA_AVX512), avx2 = psa_isa_supported(PSA_ISA_AVX2);
+    const char *kernels = avx512 ? "SkylakeX" : avx2 ? "Haswell" : NULL;
     if (!kernels || strcmp(openblas_get_corename(), "Prescott") != 0 || getenv("OPENBLAS_CORETYPE")) return;
     if (setenv("OPENBLAS_CORETYPE", kernels, 1) == 0) execv("/proc/self/exe", argv);
 }
