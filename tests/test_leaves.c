@@ -651,7 +651,8 @@ static void check_matrix(const psa__leaves *f, int round) {
 static void leaves_matrix(void) {
     for (int isa = PSA_ISA_SCALAR; isa < PSA_ISA_END; isa++)
         if (psa_isa_supported((psa_isa)isa))
-            CHECK(!psa__leaves_of((psa_isa)isa)->tile_products == (isa != PSA_ISA_AMX), "%s", psa_isa_name((psa_isa)isa));
+            CHECK(!psa__leaves_of((psa_isa)isa)->tile_products == (isa != PSA_ISA_AMX), "%s",
+                  psa_isa_name((psa_isa)isa));
     if (psa_isa_supported(PSA_ISA_AMX) && psa__ask_for_tiles())
         for (int r = 0; r < test_rounds(300); r++) {
             rnd_round(r);
