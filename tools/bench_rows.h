@@ -184,7 +184,7 @@ static row *add_row(bench *b, const bench_input *in, int threads, double (*measu
     r->measure = measure;
     r->in = in;
     r->threads = threads;
-    r->isa = isa_of(b->isa, in->type);
+    r->isa = isa_of(b->isa, (int)in->type);
     r->n = in->n, r->d = in->d, r->n_q = in->n_q, r->type = in->type;
     return r;
 }
