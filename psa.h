@@ -156,7 +156,7 @@
  *
  *     f32 arithmetic, online softmax in base 2 with exp2 accurate to 2e-7; means and scores in f32, pooled K and V
  *     then rounded to their type; results of different instruction sets agree within tolerance, not in bits. AMX
- *     multiplies bf16 numbers whose sums are q, k and v exactly and the weights within 2^-16. Denormals are treated as
+ *     multiplies bf16 numbers whose sums are q, k and v exactly and the weights within 2^-17. Denormals are treated as
  *     zero inside psa_score and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v reach only the rows
  *     that read them.
  *
@@ -2523,18 +2523,17 @@ static PSA__TARGET void PSA__(hull)(float *error, int64_t n_row, int64_t n, int 
 /* Matrix tiles (AMX): 16 rows of 64 bytes. C[16][16] += A[16][32] B[32][16], where A and B are bf16, B in pairs as
  * [16][16][2], and C is f32: S^T = K Q^T and O^T = V^T P^T, so lanes are queries as everywhere. A number is the sum of
  * its parts in bf16: one if it is of that type, two if of f16, three if of f32; weights have two, which are them within
- * 2^-16. Tiles lie as [rows / 16][parts][columns / 32] in A and as [columns / 32][parts] in B. */
+ * 2^-17. Tiles lie as [rows / 16][parts][columns / 32] in A and as [columns / 32][parts] in B. */
 
-/* The part'th part of x, in the upper halves: what is left of it by the parts before, rounded if it is the last one. */
-PSA__ALWAYS_INLINE PSA__TARGET __m512i PSA__(part_of)(int part, int last, PSA__V x)
+/* The part'th part of x, in the upper halves: what the parts before leave of it, cut off or rounded */
+PSA__ALWAYS_INLINE PSA__TARGET __m512i PSA__(part_of)(int part, int rounded, PSA__V x)
 {
-    const __m512i high = _mm512_set1_epi32(-0x10000), half = _mm512_set1_epi32(0x8000);
+    const __m512i high = _mm512_set1_epi32(-0x10000), half = _mm512_set1_epi32(rounded ? 0x8000 : 0);
     for (int i = 0; i < part; i++) {
-        PSA__V above = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), high));
-        x = PSA__(sub)(x, above);
+        __m512i above = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), high);
+        x = PSA__(sub)(x, _mm512_castsi512_ps(above));
     }
-    if (last) return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), high);
-    return _mm512_and_si512(_mm512_castps_si512(x), high);
+    return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), high);
 }
 
 /* Two such parts side by side, the first in the lower halves */
@@ -2663,8 +2662,7 @@ static PSA__TARGET void PSA__(tile_values)(psa_type type, float *vt, const float
     else PSA__(tile_values_of)(PSA_F16, 2, vt, v, n, dv, ahead);
 }
 
-/* Six tiles of B, those of some steps, stay in registers. Products of parts count from the first two of one or both to
- * the first of one and the third of the other. */
+/* Six tiles of B, those of some steps, stay in registers. The product of parts i and j counts if i + j < 3. */
 PSA__ALWAYS_INLINE PSA__TARGET_AMX void PSA__(tile_products_of)(int b_parts, const float *a, int a_parts,
                                                                 const float *b, int64_t steps, int add, float *c,
                                                                 int64_t n)
@@ -2757,7 +2755,7 @@ static PSA__TARGET void PSA__(tile_weights)(float *s, int64_t n, int64_t keys, c
         for (int64_t end = key + 32; key < end; key += 2, weight += 16) {
             const PSA__V a = PSA__(exp2)(PSA__(sub)(PSA__(load)(s + key * 16), mj));
             const PSA__V b = PSA__(exp2)(PSA__(sub)(PSA__(load)(s + key * 16 + 16), mj));
-            PSA__(store)(weight, PSA__(pair)(PSA__(part_of)(0, 0, a), PSA__(part_of)(0, 0, b)));
+            PSA__(store)(weight, PSA__(pair)(PSA__(part_of)(0, 1, a), PSA__(part_of)(0, 1, b)));
             PSA__(store)(weight + 256, PSA__(pair)(PSA__(part_of)(1, 1, a), PSA__(part_of)(1, 1, b)));
             sum = PSA__(add)(sum, PSA__(add)(a, b));
         }
@@ -4270,7 +4268,7 @@ static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__
     return lanes;
 }
 
-/* Parts of the queries there: means are f32. */
+/* Parts of the queries that are scored: means are f32. */
 static int psa__score_parts(const psa_plan *p)
 {
     return p->desc.score == PSA_SCORE_POOLED ? 3 : psa__parts(p->q.type);
@@ -4282,14 +4280,14 @@ static int psa__scores_matrix(const psa_plan *p)
     return p->leaves->tile_products && p->desc.score != PSA_SCORE_ANTIDIAGONAL;
 }
 
-/* The same in matrix tiles, for n rows of a type. */
+/* psa__pack_queries in matrix tiles, unscaled, for n rows of a type and width p->D. */
 static int64_t psa__tile_queries(const psa_plan *p, psa__scratch *w, psa__tiles *tiles, psa_type type, int parts,
                                  const float **row, int64_t n)
 {
     int64_t each = p->leaves->lanes, size = psa__up_to_32(p->D) / 2 * parts;
     float *none = w->rows + n * p->D;
     tiles->n = (int)psa__ceil_div(n, each);
-    memset(none, 0, n % each ? (size_t)p->D * sizeof(float) : 0);
+    if (n % each) memset(none, 0, (size_t)p->D * sizeof(float));
     for (int64_t i = n; i < tiles->n * each; i++) row[i] = none;
     for (int t = 0; t < tiles->n; t++) {
         tiles->nv[t] = 1;
@@ -4540,12 +4538,12 @@ static void psa__score_blocks(const psa_plan *p, const void *k, const char *base
             if (p->desc.mask == PSA_MASK_ERROR) {
                 w->errors[jk + i].plane = p->nk * padded;
                 f->block_error(tiles->nv[t], w->s + from * width, &w->errors[jk + i], w->bm + row, w->bs + row,
-                                       w->x + row);
+                               w->x + row);
                 continue;
             }
             for (int64_t x = 0; jk + i >= whole && x < m; x++) first[x] = w->first[from + x] - (int32_t)lane;
             f->block_max(tiles->nv[t], w->s + from * width, m, jk + i >= whole ? first : NULL, w->bm + row,
-                                 sums ? w->bs + row : NULL);
+                         sums ? w->bs + row : NULL);
         }
         lane += width;
     }

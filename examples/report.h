@@ -15,8 +15,7 @@ static double peak_memory(void) {
 
 static void print_header(const job *j) {
     const model *m = &j->m;
-    psa_isa isa = j->in.psa.desc.isa ? j->in.psa.desc.isa : psa_isa_detect();
-    if (isa == PSA_ISA_AMX && j->in.psa.type == PSA_F32) isa = PSA_ISA_AVX512; /* as plans do */
+    psa_isa isa = isa_of(j->in.psa.desc.isa ? j->in.psa.desc.isa : psa_isa_detect(), j->in.psa.type);
     const char *where = j->in.psa.backend == BACKEND_CUDA ? j->gpu.name : psa_isa_name(isa);
     printf("%s: %s, %d layers, %d heads of %d, %d labels; %d threads, psa %s %s, OpenBLAS %s\n", j->in.model,
            m->is_vjepa2 ? "V-JEPA 2" : "VideoMAE", m->n_blocks + m->n_pooler, m->heads, m->C / m->heads, m->n_labels,

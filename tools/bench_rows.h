@@ -175,9 +175,6 @@ static bench_input *add_input(bench *b, int type, int64_t n_q, int64_t n, int64_
     return in;
 }
 
-/* AMX has tiles for f16 and bf16; f32 is left to AVX-512. */
-static psa_isa isa_of(psa_isa isa, int type) { return isa == PSA_ISA_AMX && type == PSA_F32 ? PSA_ISA_AVX512 : isa; }
-
 static row *add_row(bench *b, const bench_input *in, int threads, double (*measure)(bench *, const row *)) {
     row *r = &b->rows[b->n_rows++];
     memset(r, 0, sizeof *r);

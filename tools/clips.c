@@ -377,7 +377,7 @@ static void write_list(scene *sc, const char *list, const char *directory) {
 static const char usage[] =
     "clips [options] FILE.y4m           draw the clip of a seed, print its label\n"
     "clips [options] --list LIST DIR    draw every clip of a list, lines of file,label,seed\n"
-    "clips [options] --count N -        clips for training, to stdout: label (a byte) and RGB frames of seeds S, ...\n\n"
+    "clips [options] --count N -        clips for training, to stdout: label (a byte), RGB frames of seeds S, ...\n\n"
     "  --seed S          default 0\n"
     "  --size N          pixels a side, even; default 128\n"
     "  --frames N        default 32\n"

@@ -1,5 +1,5 @@
-/* gpu_model.h - what the kernels of psa_cuda.cu do, counted from their tiles, and the time that a GPU needs for it if no
- * part ever waits for another: a bound, not a measurement. tests/cuda/test_cuda.cpp compares the counts of score and
+/* gpu_model.h - what the kernels of psa_cuda.cu do, counted from their tiles, and the time that a GPU needs for it if
+ * no part ever waits for another: a bound, not a measurement. tests/cuda/test_cuda.cpp compares the counts of score and
  * attend with the emulator's; instructions are estimates from machine code for sm_90a. Include after psa.h. C99 and
  * C++. */
 #ifndef GPU_MODEL_H
