@@ -3320,24 +3320,32 @@ static int psa__processors(void)
 /* Query lanes are padded to whole vectors; 16 is a multiple of every instruction set's vector. */
 static int64_t psa__pad_lanes(int64_t n) { return psa__ceil_div(n, 16) * 16; }
 
-/* Query blocks that are scored together, so that keys are read once for all of them: as many as fill 64 lanes, if each
- * takes a power of two below 32. */
+/* Query vectors that score a query block. */
+static int64_t psa__score_each(const psa_plan *p)
+{
+    switch (p->desc.score) {
+    case PSA_SCORE_SAMPLE: return p->n_sample_q;
+    case PSA_SCORE_ANTIDIAGONAL: return p->desc.block_q / p->desc.stride;
+    case PSA_SCORE_POOLED: return p->desc.block_q / p->desc.score_group[0];
+    case PSA_SCORE_EXACT: break;
+    }
+    return p->desc.block_q;
+}
+
+/* Query blocks that are scored together, so that keys are read once for all of them: as many as fill some vectors, if
+ * each takes a power of two. Pooled groups are few in a block, and the blocks that go together are one task. */
 static int64_t psa__score_together(const psa_plan *p)
 {
-    int64_t groups = p->desc.block_q / p->desc.score_group[0], lanes = psa__min(psa__pad_lanes(p->desc.block_q), 64);
-    return p->desc.score == PSA_SCORE_POOLED && 16 % groups == 0 ? lanes / groups : 1;
+    int sample = p->desc.score == PSA_SCORE_SAMPLE, pooled = p->desc.score == PSA_SCORE_POOLED;
+    int64_t each = psa__score_each(p), lanes = psa__min(psa__pad_lanes(p->desc.block_q), sample ? 128 : 64);
+    if (!pooled && !(sample && !p->desc.score_mean)) return 1;
+    return lanes % each == 0 && (each % 16 == 0 || 16 % each == 0) ? lanes / each : 1;
 }
 
 /* Query vectors that score the query blocks that go together, padded. */
 static int64_t psa__score_lanes(const psa_plan *p)
 {
-    switch (p->desc.score) {
-    case PSA_SCORE_SAMPLE: return psa__pad_lanes(p->n_sample_q);
-    case PSA_SCORE_ANTIDIAGONAL: return psa__pad_lanes(p->desc.block_q / p->desc.stride);
-    case PSA_SCORE_POOLED: return psa__pad_lanes(p->desc.block_q / p->desc.score_group[0] * psa__score_together(p));
-    case PSA_SCORE_EXACT: break;
-    }
-    return psa__pad_lanes(p->desc.block_q);
+    return psa__pad_lanes(psa__score_each(p) * psa__score_together(p));
 }
 
 /* Scratch of one thread. Attention uses the first group, scoring the first three and the second, masking the third. */
@@ -4629,12 +4637,12 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     for (int64_t jk = 0; jk < n; jk += batch) {
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
-    p->leaves->row_mass(padded, lanes, together > 1 ? desc->block_q / desc->score_group[0] : padded, n, w->bm,
+    p->leaves->row_mass(padded, lanes, together > 1 ? psa__score_each(p) : padded, n, w->bm,
                         sums ? w->bs : NULL, use_max, norm, w->l, row, p->nk);
     if (desc->mask == PSA_MASK_ERROR) {
         uint16_t *steps = (uint16_t *)(void *)(base + p->at_steps) +
                           ((b * p->Hq + h) * p->nq + iq) * p->nk * p->n_levels;
-        int64_t each = together > 1 ? desc->block_q / desc->score_group[0] : lanes;
+        int64_t each = together > 1 ? psa__score_each(p) : lanes;
         for (int64_t x = 0; x < m; x++, steps += p->nk * p->n_levels) {
             psa__row_steps(p, x * each, psa__min(each, lanes - x * each), padded, n, w, steps);
         }
