@@ -26,6 +26,26 @@ static inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
                               _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)), 1);
 }
 
+/* With all lanes in the mask */
+static inline __m256i _mm512_maskz_cvtps_ph(__mmask16 mask, __m512 x, int round) {
+    float from[16];
+    uint16_t to[16];
+    (void)mask;
+    _mm512_storeu_ps(from, x);
+    for (int i = 0; i < 2; i++)
+        _mm_storeu_si128((__m128i *)(void *)(to + 8 * i), _mm256_cvtps_ph(_mm256_loadu_ps(from + 8 * i), round));
+    return _mm256_loadu_si256((const __m256i *)(const void *)to);
+}
+
+static inline __m256i _mm512_cvtepi32_epi16(__m512i x) {
+    uint32_t from[16];
+    uint16_t to[16];
+    _mm512_storeu_si512(from, x);
+    for (int i = 0; i < 16; i++)
+        to[i] = (uint16_t)from[i];
+    return _mm256_loadu_si256((const __m256i *)(const void *)to);
+}
+
 /* Quarters 0 and 1 of the result are quarters of a, 2 and 3 of b; two bits of select name each. */
 static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int select) {
     float from[2][16], to[16];
