@@ -974,7 +974,7 @@ typedef struct psa__leaves {
     /* From bm and bs [n][lanes]: with m a lane's maximum over all j < n, bm becomes exp2(bm - m), and score[j] is the
      * maximum of bm or the sum of bs * bm over `each` lanes, with norm divided by the lane's softmax denominator, 1/z;
      * the next `each` lanes make the next row of scores, n_row further on, up to n_lanes, beyond which z is 0. bs may
-     * be NULL for a maximum without norm. each: all lanes, or a power of two up to 16. */
+     * be NULL for a maximum without norm. each: all lanes, a power of two up to 16, or a multiple of 16. */
     void (*row_mass)(int64_t lanes, int64_t n_lanes, int64_t each, int64_t n, float *bm, const float *bs, int use_max,
                      int norm, float *z, float *score, int64_t n_row);
 
@@ -3341,7 +3341,8 @@ static int64_t psa__score_each(const psa_plan *p)
 }
 
 /* Query blocks that are scored together, so that keys are read once for all of them: as many as fill some vectors, if
- * each takes a power of two. Pooled groups are few in a block, and the blocks that go together are one task. */
+ * their lanes end where vectors or equal parts of one do. Blocks that go together are one task, and pooled groups are so
+ * few in each that there would be too few tasks. */
 static int64_t psa__score_together(const psa_plan *p)
 {
     int sample = p->desc.score == PSA_SCORE_SAMPLE, pooled = p->desc.score == PSA_SCORE_POOLED;

@@ -5,7 +5,7 @@ static psa_desc desc_score(const shape *x, psa_score_kind kind) {
     psa_desc d = desc_random_blocks(x);
     d.score = kind;
     d.stride = 1 << rnd_int(0, 4);
-    d.block_q = 16 * rnd_int(1, 6);
+    d.block_q = 16 * rnd_int(1, 8);
     if (kind == PSA_SCORE_POOLED && rnd_chance(70)) {
         d.score_group[0] = 1 << rnd_int(0, 4);
         d.score_group[1] = 1 << rnd_int(0, 4);
