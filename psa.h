@@ -1361,14 +1361,13 @@ PSA__ALWAYS_INLINE PSA__TARGET __m512 PSA__(load_as)(psa_type type, const void *
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(half)), 16));
 }
 
-/* To bf16, in the lower halves: as with AVX2 */
+/* To bf16, in the upper halves, as with AVX2 */
 PSA__ALWAYS_INLINE PSA__TARGET __m512i PSA__(round_bf16)(__m512 x)
 {
     const __m512i quiet = _mm512_set1_epi32(0x400000), half = _mm512_set1_epi32(0x7fff);
     __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i number = _mm512_add_epi32(u, _mm512_add_epi32(half, odd));
-    number = _mm512_mask_or_epi32(number, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, quiet);
-    return _mm512_srli_epi32(number, 16);
+    return _mm512_mask_or_epi32(number, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, quiet);
 }
 
 PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_as)(psa_type type, void *p, int64_t i, __m512 x)
@@ -1376,7 +1375,7 @@ PSA__ALWAYS_INLINE PSA__TARGET void PSA__(store_as)(psa_type type, void *p, int6
     __m256i *half = (__m256i *)(void *)((char *)p + 2 * i);
     if (type == PSA_F32) _mm512_storeu_ps((float *)p + i, x);
     if (type == PSA_F16) _mm256_storeu_si256(half, _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT));
-    if (type == PSA_BF16) _mm256_storeu_si256(half, _mm512_cvtepi32_epi16(PSA__(round_bf16)(x)));
+    if (type == PSA_BF16) _mm256_storeu_si256(half, _mm512_cvtepi32_epi16(_mm512_srli_epi32(PSA__(round_bf16)(x), 16)));
 }
 
 /* Elements of a row, 16 or 8 and zeros */
@@ -3341,8 +3340,8 @@ static int64_t psa__score_each(const psa_plan *p)
 }
 
 /* Query blocks that are scored together, so that keys are read once for all of them: as many as fill some vectors, if
- * their lanes end where vectors or equal parts of one do. Blocks that go together are one task, and pooled groups are so
- * few in each that there would be too few tasks. */
+ * their lanes end where vectors or equal parts of one do. Blocks that go together are one task: with pooled groups, of
+ * which a block has few, there would soon be too few tasks. */
 static int64_t psa__score_together(const psa_plan *p)
 {
     int sample = p->desc.score == PSA_SCORE_SAMPLE, pooled = p->desc.score == PSA_SCORE_POOLED;
