@@ -139,10 +139,11 @@
  *
  *     Only psa_attention allocates: the workspace and a level map, or one piece if it splits the keys; freed before it
  *     returns. The stages use the caller's buffer of psa_work_size bytes: pooled K and V in their own type (less than a
- *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of a query block,
- *     up to 64 for POOLED) floats. Linear in N for each of them but the maps, which have nq * nk entries. A tree takes
- *     4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes a pair and level; a density 64 KiB
- *     a head; dense attention D + Dv floats a key and thread where K or V are not f32 rows one after the other.
+ *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of the query blocks
+ *     that are scored together, up to 128, or 64 for POOLED) floats. Linear in N for each of them but the maps, which
+ *     have nq * nk entries. A tree takes 4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes
+ *     a pair and level; a density 64 KiB a head; dense attention D + Dv floats a key and thread where K or V are not
+ *     f32 rows one after the other.
  *
  * THREADS
  *
@@ -3341,7 +3342,8 @@ static int64_t psa__score_each(const psa_plan *p)
 
 /* Query blocks that are scored together, so that keys are read once for all of them: as many as fill some vectors, if
  * their lanes end where vectors or equal parts of one do. Blocks that go together are one task: with pooled groups, of
- * which a block has few, there would soon be too few tasks. */
+ * which a block has few, there would soon be too few tasks. Means of samples divide by the pairs that are seen, which
+ * are counted for one block. */
 static int64_t psa__score_together(const psa_plan *p)
 {
     int sample = p->desc.score == PSA_SCORE_SAMPLE, pooled = p->desc.score == PSA_SCORE_POOLED;
