@@ -3669,6 +3669,13 @@ static int psa__is_aligned(const psa_tensor *t, const void *data)
     return ((uintptr_t)data | t->nb[1] | t->nb[2] | t->nb[3]) % sizeof(float) == 0;
 }
 
+/* rows[n]: pointers to rows begin, begin + 1, ... that lie `bytes` apart */
+static void psa__spaced_rows(const char *first, size_t bytes, int64_t begin, int64_t n, const float **rows)
+{
+    first += (size_t)begin * bytes;
+    for (int64_t i = 0; i < n; i++, first += bytes) rows[i] = (const float *)(const void *)first;
+}
+
 /* The rows at positions begin .. begin+n-1 of a head of K or V as f32 pointers: rows[n], space[n][width]. space NULL:
  * pointers to the rows as they are. */
 static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *data, int64_t b, int64_t hkv,
@@ -3677,9 +3684,10 @@ static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *dat
     const psa_order *o = &p->desc.order_k;
     const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
     const char *head = (const char *)data + psa__offset(t, b, hkv, 0);
-    for (int64_t i = 0; i < n; i++) {
-        const char *row = head + (size_t)(index ? index[i] : begin + i) * t->nb[1];
-        rows[i] = space ? psa__row_f32(p, t, row, space + i * t->ne[0]) : (const float *)(const void *)row;
+    if (!index) psa__spaced_rows(head, t->nb[1], begin, n, rows);
+    for (int64_t i = 0; index && i < n; i++) rows[i] = (const float *)(const void *)(head + (size_t)index[i] * t->nb[1]);
+    for (int64_t i = 0; space && i < n; i++) {
+        rows[i] = psa__row_f32(p, t, (const char *)(const void *)rows[i], space + i * t->ne[0]);
     }
 }
 
@@ -5335,9 +5343,10 @@ static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int s
         psa__tile *t = st->next;
         int64_t to = t->n, n = psa__min(end - at, p->leaves->tile_k - to);
         psa__stream_rows(st, at, n, t->k + to, t->v + to);
-        for (int64_t i = 0; i < n; i++) {
-            t->bias[to + i] = 0.0f;
-            t->first[to + i] = straddles ? (int32_t)psa__max(psa__min((at + i - token) * st->heads, INT16_MAX), 0) : 0;
+        memset(t->bias + to, 0, (size_t)n * sizeof *t->bias);
+        memset(t->first + to, 0, (size_t)n * sizeof *t->first);
+        for (int64_t i = 0; straddles && i < n; i++) {
+            t->first[to + i] = (int32_t)psa__max(psa__min((at + i - token) * st->heads, INT16_MAX), 0);
         }
         t->straddles |= straddles;
         t->n += n;
@@ -5350,15 +5359,19 @@ static void psa__stream_tokens(psa__stream *st, int64_t jk, int64_t token, int s
 static void psa__stream_pooled(psa__stream *st, int64_t jk, int i)
 {
     const psa_plan *p = st->p;
-    int64_t row = psa__pooled_row(p, st->b, st->hkv, jk, i), end = row + psa__level_rows(p, jk, i);
-    for (; row < end; row++) {
+    int64_t at = psa__pooled_row(p, st->b, st->hkv, jk, i), end = at + psa__level_rows(p, jk, i);
+    const float *bias = (const float *)(const void *)(st->base + p->at_bias);
+    while (at < end) {
         psa__tile *t = st->next;
-        t->k[t->n] = (const float *)(const void *)(st->base + p->at_pooled_k + psa__pooled_bytes(p, row, p->D));
-        t->v[t->n] = (const float *)(const void *)(st->base + p->at_pooled_v + psa__pooled_bytes(p, row, p->Dv));
-        t->bias[t->n] = ((const float *)(const void *)(st->base + p->at_bias))[row];
-        t->first[t->n++] = 0;
+        int64_t to = t->n, n = psa__min(end - at, p->leaves->tile_k - to);
+        psa__spaced_rows(st->base + p->at_pooled_k, psa__pooled_bytes(p, 1, p->D), at, n, t->k + to);
+        psa__spaced_rows(st->base + p->at_pooled_v, psa__pooled_bytes(p, 1, p->Dv), at, n, t->v + to);
+        memcpy(t->bias + to, bias + at, (size_t)n * sizeof *bias);
+        memset(t->first + to, 0, (size_t)n * sizeof *t->first);
         t->pooled = 1;
+        t->n += n;
         if (t->n == p->leaves->tile_k) psa__stream_turn(st);
+        at += n;
     }
 }
 
@@ -5448,16 +5461,17 @@ static int64_t psa__place_queries(psa__stream *st)
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
     const float *row[PSA_MAX_BLOCK_Q];
+    const int lanes = p->leaves->lanes, most_few = p->k.type == PSA_BF16 ? lanes / 2 : lanes; /* one part a number */
     st->tiles = psa__tiles_of(p->leaves, st->n);
     st->width = 0;
-    if (st->n > p->leaves->lanes && p->leaves->tile_products) {
+    if (p->leaves->tile_products && st->n > most_few) {
         memcpy(row, st->q, (size_t)st->n * sizeof *row);
         return psa__tile_queries(p, &st->w, &st->tiles, p->q.type, psa__parts(p->q.type), row, st->n);
     }
     for (int64_t i = 0; i < st->n; i++) {
         row[i] = psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], st->w.rows + i * p->D);
     }
-    if (st->n > p->leaves->lanes) return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale);
+    if (st->n > lanes) return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale);
     st->tiles.n = 0;
     for (st->width = 1; st->width < st->n;) st->width *= 2;
     psa__place_few(st, row, scale);

@@ -35,7 +35,7 @@ static double stretch(const mix *m, double factor, int block_k, int64_t nk, doub
     return density;
 }
 
-/* Top-k with the least stretch that has this density or more. */
+/* Top-k with the stretch whose density is nearest to this one. */
 static psa_desc mix_desc(const bench *b, const mix *m, double density, int block_k, int64_t n) {
     psa_desc desc = b->o->desc;
     double low = 0, high = 10.001; /* every block at level 1 */
@@ -48,7 +48,9 @@ static psa_desc mix_desc(const bench *b, const mix *m, double density, int block
         else
             high = middle;
     }
-    stretch(m, high, block_k, nk, desc.level_end);
+    double below = stretch(m, low, block_k, nk, desc.level_end);
+    if (stretch(m, high, block_k, nk, desc.level_end) - density > density - below)
+        stretch(m, low, block_k, nk, desc.level_end);
     return desc;
 }
 
