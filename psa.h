@@ -142,8 +142,8 @@
  *     copy of each), and per thread about block_q * (2 D + Dv) floats plus 2 * nk * (sampled rows of the query blocks
  *     that are scored together, up to 128, or 64 for POOLED) floats. Linear in N for each of them but the maps, which
  *     have nq * nk entries. A tree takes 4 bytes a token and head, and 73 bytes a token and thread; mask ERROR 2 bytes
- *     a pair and level; a density 64 KiB a head; dense attention D + Dv floats a key and thread where K or V are not
- *     f32 rows one after the other.
+ *     a pair and level; a density 256 KiB a thread, or a head if each is to meet it; dense attention D + Dv floats a
+ *     key and thread where K or V are not f32 rows one after the other.
  *
  * THREADS
  *
@@ -405,7 +405,7 @@ typedef struct psa_plan {
     size_t at_cap;                     /* u8  [B][Hkv][nk]: coarsest level the similarity cap allows */
     size_t at_spread;                  /* f32 [B][Hkv][nk][psa__spread_size]: what mask ERROR knows of a KV block */
     size_t at_steps;                   /* u16 [B][Hq][nq][nk][n_levels]: mask ERROR's prices of leaving a level */
-    size_t at_prices;                  /* u64 [B][Hq][PSA__PRICES + 2]: what the map costs at which price */
+    size_t at_prices;                  /* u64 [heads or threads][PSA__PRICES + 2]: what the map costs at which price */
     size_t at_rows;                    /* i64 [B][Hq][nq]: K/V rows read by psa_attend, per query block */
     size_t at_scratch, scratch_size;   /* one per thread */
     const struct psa__leaves *leaves;
@@ -696,7 +696,7 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #define PSA__TREE_NODE 128              /* tokens that say how a node is split */
 #define PSA__SECOND ((PSA__AXES + 1) * PSA__AXES) /* their second moments and sums */
 #define PSA__FEW_PLACES 64              /* so many are compared each with each */
-#define PSA__PRICES 8192                /* steps of a price: 128 for each power of two from 2^-48 to 2^16 */
+#define PSA__PRICES 32768               /* steps of a price: 512 for each power of two from 2^-48 to 2^16 */
 #define PSA__PAD_K 16                   /* row pointer lists are padded to a multiple of this */
 #define PSA__RESCALE 8.0f               /* accumulators are rescaled when a maximum grew by more than 2^8 */
 
@@ -3507,11 +3507,14 @@ static int psa__weighted(const psa_plan *p)
     return p->n_levels > 1 && (p->desc.tilt || p->desc.mask == PSA_MASK_ERROR);
 }
 
+/* Tables of prices: of every head, or of every thread and the heads that it takes. */
+static int64_t psa__budgets(const psa_plan *p) { return p->desc.density_per_head ? p->B * p->Hq : p->desc.n_threads; }
+
 static psa_result psa__plan_work(psa_plan *p)
 {
     const psa_desc *d = &p->desc;
-    size_t heads = psa__mul((size_t)p->B, (size_t)p->Hkv), at = 0, pooled, heads_q;
-    int scored = p->n_levels > 1, errors = d->mask == PSA_MASK_ERROR, priced;
+    size_t heads = psa__mul((size_t)p->B, (size_t)p->Hkv), at = 0, pooled, heads_q, priced;
+    int scored = p->n_levels > 1, errors = d->mask == PSA_MASK_ERROR;
     psa_tree_kind tree = scored ? d->tree : PSA_TREE_NONE;
     p->pooled_rows = 0;
     for (int i = 1; i < p->n_levels; i++) {
@@ -3529,8 +3532,8 @@ static psa_result psa__plan_work(psa_plan *p)
     p->at_cap = psa__take(&at, d->n_sim_min ? psa__mul(heads, (size_t)p->nk) : 0, 1);
     p->at_spread = psa__take(&at, errors ? psa__mul(heads, (size_t)(p->nk * psa__spread_size(p))) : 0, sizeof(float));
     p->at_steps = psa__take(&at, errors ? psa__mul(psa_map_size(p), (size_t)p->n_levels) : 0, sizeof(uint16_t));
-    priced = scored && d->density > 0;
-    p->at_prices = psa__take(&at, priced ? psa__mul(heads_q, PSA__PRICES + 2) : 0, sizeof(uint64_t));
+    priced = scored && d->density > 0 ? (size_t)psa__budgets(p) : 0;
+    p->at_prices = psa__take(&at, psa__mul(priced, PSA__PRICES + 2), sizeof(uint64_t));
     p->at_rows = psa__take(&at, psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq), sizeof(int64_t));
     p->scratch_size = psa__scratch_layout(p, NULL, NULL);
     p->at_scratch = psa__take(&at, p->scratch_size, (size_t)d->n_threads);
@@ -4588,13 +4591,13 @@ static void psa__normalise(const psa__leaves *f, float *row, int64_t n)
 /* A price as one of PSA__PRICES steps. */
 static int psa__price(float x)
 {
-    enum { LOWEST = (127 - 48) << 7 }; /* 2^-48, in the exponent and the first 7 bits of the mantissa */
-    int price = x > 0 ? (int)(psa__bits(x) >> 16) - LOWEST : 0;
+    enum { LOWEST = (127 - 48) << 9 }; /* 2^-48, in the exponent and the first 9 bits of the mantissa */
+    int price = x > 0 ? (int)(psa__bits(x) >> 14) - LOWEST : 0;
     return price < 0 ? 0 : price >= PSA__PRICES ? PSA__PRICES - 1 : price;
 }
 
 /* In the middle of the step. */
-static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((127 - 48) << 7)) << 16 | 0x8000u); }
+static float psa__price_of(int price) { return psa__float(((uint32_t)price + ((127 - 48) << 9)) << 14 | 0x2000u); }
 
 /* The multiply-adds of a level, as a share of those of level 1: the i-th level is 1 << i, the last, `skip`, nothing. */
 static float psa__level_cost(int i, int skip) { return i == skip ? 0.0f : 1.0f / (float)(1 << i); }
@@ -4908,7 +4911,7 @@ static uint64_t psa__final_cost(const psa_plan *p, int i, int n_steps, int cap)
     return level ? (uint64_t)(PSA_MAX_BLOCK_K / level) : 0;
 }
 
-/* A row's blocks into the head's table: what leaving a level saves at each price; then what all cost at price 0, and
+/* A row's blocks into a table: what leaving a level saves at each price; then what all cost at price 0, and
  * how many they are. */
 static void psa__price_row(const psa_plan *p, const uint16_t *steps, const uint8_t *cap, int64_t iq, psa__scratch *w,
                            uint64_t *prices)
@@ -4928,11 +4931,11 @@ static void psa__price_row(const psa_plan *p, const uint16_t *steps, const uint8
     prices[PSA__PRICES + 1] += (uint64_t)n;
 }
 
-/* Levels are left whose price is below this. head -1: one for all heads. */
+/* Levels are left whose price is below this, in this head. */
 static int psa__cut(const psa_plan *p, const void *work, int64_t head)
 {
     const uint64_t *prices = (const uint64_t *)(const void *)(psa__align_const(work) + p->at_prices);
-    int64_t first = head < 0 ? 0 : head, end = head < 0 ? p->B * p->Hq : head + 1;
+    int64_t first = p->desc.density_per_head ? head : 0, end = p->desc.density_per_head ? head + 1 : psa__budgets(p);
     double cost = 0, pairs = 0, off, next;
     int cut = 0;
     if (p->desc.density == 0) return psa__price((float)p->desc.lambda);
@@ -4982,7 +4985,9 @@ PSA__DEF psa_result psa_budget(const psa_plan *plan, const float *scores, void *
     psa_plan plan_here;
     const psa_plan *p = &plan_here;
     psa_result r = psa__enter(plan, work, ith, nth, &plan_here);
-    int64_t begin, end;
+    const size_t size = PSA__PRICES + 2;
+    uint64_t *prices;
+    int64_t begin, end, first, last;
     psa__scratch w;
     if (r != PSA_OK) return r;
     if (p->desc.mask == PSA_MASK_DENSE || p->desc.density == 0) return PSA_OK;
@@ -4990,13 +4995,15 @@ PSA__DEF psa_result psa_budget(const psa_plan *plan, const float *scores, void *
         return psa__fail(&p->desc, PSA_ERR_NULL, "scores must not be NULL");
     }
     w = psa__scratch_of(p, work, ith);
+    prices = (uint64_t *)(void *)(psa__align(work) + p->at_prices);
+    psa__share(psa__budgets(p), ith, nth, &first, &last);
+    memset(prices + (size_t)first * size, 0, (size_t)(last - first) * size * sizeof *prices);
     psa__share(p->B * p->Hq, ith, nth, &begin, &end);
     for (int64_t head = begin; head < end; head++) {
-        uint64_t *prices = (uint64_t *)(void *)(psa__align(work) + p->at_prices) + head * (PSA__PRICES + 2);
+        uint64_t *own = prices + (size_t)(p->desc.density_per_head ? head : first) * size;
         const uint8_t *cap = psa__cap_of(p, work, head / p->Hq, head % p->Hq);
-        memset(prices, 0, (PSA__PRICES + 2) * sizeof *prices);
         for (int64_t iq = 0; iq < p->nq; iq++) {
-            psa__price_row(p, psa__steps_of(p, scores, work, head * p->nq + iq, &w), cap, iq, &w, prices);
+            psa__price_row(p, psa__steps_of(p, scores, work, head * p->nq + iq, &w), cap, iq, &w, own);
         }
     }
     return PSA_OK;
@@ -5071,7 +5078,7 @@ PSA__DEF psa_result psa_mask(const psa_plan *plan, const float *scores, void *wo
         const uint8_t *cap = psa__cap_of(p, work, head / p->Hq, head % p->Hq);
         const uint16_t *steps = priced ? psa__steps_of(p, scores, work, row, &w) : NULL;
         if (priced && (row == begin || (iq == 0 && p->desc.density_per_head))) {
-            cut = psa__cut(p, work, p->desc.density_per_head ? head : -1);
+            cut = psa__cut(p, work, head);
         }
         psa__mask_row(p, scores ? scores + row * p->nk : NULL, steps, cut, cap, iq, &w, levels + row * p->nk);
     }
