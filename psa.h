@@ -156,10 +156,10 @@
  * NUMERICS
  *
  *     f32 arithmetic, online softmax in base 2 with exp2 accurate to 2e-7; means and scores in f32, pooled K and V
- *     then rounded to their type; results of different instruction sets agree within tolerance, not in bits. AMX
- *     multiplies bf16 numbers whose sums are q, k and v exactly and the weights within 2^-17. Denormals are treated as
- *     zero inside psa_score and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v reach only the rows
- *     that read them.
+ *     then rounded to their type; results of different instruction sets agree within tolerance, not in bits. AMX and
+ *     NEON_BF16 multiply bf16 numbers whose sums are q, k and v exactly and the weights within 2^-17. Denormals are
+ *     treated as zero inside psa_score and psa_attend (the caller's mode comes back). NaN and Inf in q, k or v reach
+ *     only the rows that read them.
  *
  * GGML
  *
@@ -250,7 +250,8 @@ typedef enum psa_result {
 typedef enum psa_type { PSA_F32 = 0, PSA_F16, PSA_BF16 } psa_type;
 
 /* Instruction sets. AUTO takes the best one that CPU and operating system support. AVX2 includes FMA and F16C,
- * AVX512 is F and DQ. A plan's desc has the one that it uses: of f32 AVX512 in place of AMX. */
+ * AVX512 is F and DQ. A plan's desc has the one that it uses: AVX512 or NEON where the types are not those of AMX or
+ * NEON_BF16. */
 typedef enum psa_isa {
     PSA_ISA_AUTO = 0,
     PSA_ISA_SCALAR,
@@ -258,6 +259,7 @@ typedef enum psa_isa {
     PSA_ISA_AVX512,
     PSA_ISA_NEON, /* AArch64 */
     PSA_ISA_AMX,  /* AVX512 and, where k and v are f16 or bf16, matrix tiles (AMX-BF16): Linux, gcc 11 or clang 12 */
+    PSA_ISA_NEON_BF16, /* NEON and, where k and v are bf16, bfmmla: Linux and gcc 10, or any if compiled for it */
     PSA_ISA_END
 } psa_isa;
 
@@ -637,6 +639,14 @@ extern psa_result psa_cuda_merge(const psa_tensor *out, float *lse, const psa_te
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define PSA__NEON 1
 #include <arm_neon.h>
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define PSA__BFMMLA 1
+#define PSA__TARGET_BF16
+#elif defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+#define PSA__BFMMLA 1
+#define PSA__TARGET_BF16 __attribute__((target("arch=armv8.2-a+bf16")))
+#include <sys/auxv.h>
+#endif
 #endif
 
 #ifndef PSA_NO_THREADS
@@ -1006,6 +1016,14 @@ typedef struct psa__leaves {
     void (*tile_logits)(float *s, int64_t n, float scale, const float *bias, float *top);
     void (*tile_weights)(float *s, int64_t n, int64_t keys, const float *top, float *m, float *l, float *ot, int64_t dv,
                          float *weight);
+
+    /* pack, qk and pv for K and V of bf16, which are read as they are, or NULL. qt: the queries in so many parts, not
+     * scaled, for s = scale * K Q^T + bias; nv * lanes * d * parts / 2 floats. */
+    void (*pack_bf16)(int nv, float *qt, const float *const *rows, int parts, int64_t d);
+    void (*qk_bf16)(int nv, const float *qt, int parts, float scale, const float *const *k, int64_t n, int64_t d,
+                    const float *bias, float *s, float *top, const psa__ahead *ahead);
+    void (*pv_bf16)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv, float *ot,
+                    const psa__ahead *ahead);
 
     /* Denormals off on this thread, matrix tiles on; the return value brings the caller's mode back. */
     unsigned (*enter)(void);
@@ -2790,6 +2808,181 @@ static PSA__TARGET_AMX void PSA__(leave_tiles)(unsigned mode)
 }
 #endif
 
+#if PSA__PASS == 4 && defined(PSA__BFMMLA)
+
+/* bf16 by bfmmla: c[2][2] += a[2][4] b[2][4]^T in vectors. K and V are a, read as they lie: two keys, or columns of V
+ * under two numbers; b are two lanes. Lanes lie as [elements or keys / 4][parts][lanes / 2][2][4]. Parts are those of
+ * matrix tiles, above: cut off in queries, two rounded ones in weights. */
+
+PSA__ALWAYS_INLINE PSA__TARGET_BF16 float32x4_t PSA__(mmla)(float32x4_t c, uint16x8_t a, uint16x8_t b)
+{
+    return vbfmmlaq_f32(c, vreinterpretq_bf16_u16(a), vreinterpretq_bf16_u16(b));
+}
+
+/* The lower, or upper, halves of both */
+PSA__ALWAYS_INLINE uint16x8_t PSA__(halves)(int upper, uint16x8_t a, uint16x8_t b)
+{
+    const uint64x2_t x = vreinterpretq_u64_u16(a), y = vreinterpretq_u64_u16(b);
+    return vreinterpretq_u16_u64(upper ? vtrn2q_u64(x, y) : vtrn1q_u64(x, y));
+}
+
+PSA__ALWAYS_INLINE float32x4_t PSA__(halves_f32)(int upper, float32x4_t a, float32x4_t b)
+{
+    return vreinterpretq_f32_u16(PSA__(halves)(upper, vreinterpretq_u16_f32(a), vreinterpretq_u16_f32(b)));
+}
+
+PSA__ALWAYS_INLINE uint16x8_t PSA__(load_bf16)(const void *row, int64_t i)
+{
+    return vreinterpretq_u16_u8(vld1q_u8((const uint8_t *)row + 2 * i));
+}
+
+/* Two lanes, in so many parts, each after `stride` numbers */
+PSA__ALWAYS_INLINE void PSA__(store_parts)(uint16_t *to, int64_t stride, int parts, int rounded, float32x4_t a,
+                                           float32x4_t b)
+{
+    const uint32x4_t half = vdupq_n_u32(rounded ? 0x8000 : 0), high = vdupq_n_u32(0xffff0000u);
+    for (int part = 0; part < parts; part++, to += stride) {
+        uint32x4_t x = vandq_u32(vaddq_u32(vreinterpretq_u32_f32(a), half), high);
+        uint32x4_t y = vandq_u32(vaddq_u32(vreinterpretq_u32_f32(b), half), high);
+        vst1q_u16(to, vcombine_u16(vshrn_n_u32(x, 16), vshrn_n_u32(y, 16)));
+        a = vsubq_f32(a, vreinterpretq_f32_u32(x));
+        b = vsubq_f32(b, vreinterpretq_f32_u32(y));
+    }
+}
+
+static void PSA__(pack_bf16)(int nv, float *qt, const float *const *rows, int parts, int64_t d)
+{
+    uint16_t *to = (uint16_t *)(void *)qt;
+    for (int64_t x = 0; x < d; x += 4, to += parts * nv * 16) {
+        for (int i = 0; i < 2 * nv; i++) {
+            const float *const *row = rows + 2 * i;
+            PSA__(store_parts)(to + i * 8, nv * 16, parts, 0, vld1q_f32(row[0] + x), vld1q_f32(row[1] + x));
+        }
+    }
+}
+
+PSA__ALWAYS_INLINE PSA__TARGET_BF16 void PSA__(qk_bf16_tile)(int nv, const float *PSA__RESTRICT qt, int parts,
+                                                             float scale, const float *const *k, int64_t n, int64_t d,
+                                                             const float *bias, float *PSA__RESTRICT s,
+                                                             float *PSA__RESTRICT top, const psa__ahead *ahead)
+{
+    const float32x4_t by = vdupq_n_f32(scale);
+    float32x4_t most[PSA__NV];
+    PSA__UNROLL for (int j = 0; j < nv; j++) most[j] = vdupq_n_f32(-INFINITY);
+    for (int64_t key = 0; key < n; key += 4) {
+        const uint16_t *q = (const uint16_t *)(const void *)qt;
+        float32x4_t acc[2][2 * PSA__NV];
+        if (ahead) PSA__(prefetch)(ahead, key * ahead->n / n, (key + 4) * ahead->n / n);
+        PSA__UNROLL for (int i = 0; i < 4 * nv; i++) acc[i % 2][i / 2] = vdupq_n_f32(0.0f);
+        for (int64_t x = 0; x < d; x += 8) {
+            uint16x8_t kx[4];
+            PSA__UNROLL for (int i = 0; i < 4; i++) kx[i] = PSA__(load_bf16)(k[key + i], x);
+            PSA__UNROLL for (int half = 0; half < 2; half++) {
+                const uint16x8_t a = PSA__(halves)(half, kx[0], kx[1]), b = PSA__(halves)(half, kx[2], kx[3]);
+                for (int part = 0; part < parts; part++) {
+                    PSA__UNROLL for (int i = 0; i < 2 * nv; i++, q += 8) {
+                        const uint16x8_t qx = vld1q_u16(q);
+                        acc[0][i] = PSA__(mmla)(acc[0][i], a, qx);
+                        acc[1][i] = PSA__(mmla)(acc[1][i], b, qx);
+                    }
+                }
+            }
+        }
+        PSA__UNROLL for (int i = 0; i < 4; i++) {
+            const float32x4_t to = vdupq_n_f32(bias ? bias[key + i] : 0.0f);
+            PSA__UNROLL for (int j = 0; j < nv; j++) {
+                const float32x4_t dots = PSA__(halves_f32)(i % 2, acc[i / 2][2 * j], acc[i / 2][2 * j + 1]);
+                const float32x4_t logit = vfmaq_f32(to, dots, by);
+                vst1q_f32(s + ((key + i) * nv + j) * 4, logit);
+                most[j] = PSA__(max)(logit, most[j]);
+            }
+        }
+    }
+    PSA__UNROLL for (int j = 0; j < nv; j++) vst1q_f32(top + j * 4, most[j]);
+}
+
+static PSA__TARGET_BF16 void PSA__(qk_bf16)(int nv, const float *qt, int parts, float scale, const float *const *k,
+                                            int64_t n, int64_t d, const float *bias, float *s, float *top,
+                                            const psa__ahead *ahead)
+{
+    switch (nv) {
+    case 1: PSA__(qk_bf16_tile)(1, qt, parts, scale, k, n, d, bias, s, top, ahead); break;
+    case 2: PSA__(qk_bf16_tile)(2, qt, parts, scale, k, n, d, bias, s, top, ahead); break;
+    case 3: PSA__(qk_bf16_tile)(3, qt, parts, scale, k, n, d, bias, s, top, ahead); break;
+    default: PSA__(qk_bf16_tile)(4, qt, parts, scale, k, n, d, bias, s, top, ahead); break;
+    }
+}
+
+/* 4 columns of a row, and zeros */
+PSA__ALWAYS_INLINE uint16x8_t PSA__(load_columns)(const void *row, int64_t x)
+{
+    return vreinterpretq_u16_u8(vcombine_u8(vld1_u8((const uint8_t *)row + 2 * x), vdup_n_u8(0)));
+}
+
+/* 4 columns of the output. p: the weights. */
+PSA__ALWAYS_INLINE PSA__TARGET_BF16 void PSA__(pv_bf16_tile)(int nv, const uint16_t *p, const void *const *v, int64_t n,
+                                                             int64_t x, float *ot)
+{
+    float32x4_t acc[2][2 * PSA__NV];
+    PSA__UNROLL for (int i = 0; i < 2; i++) {
+        PSA__UNROLL for (int j = 0; j < 2 * nv; j++) {
+            const float *o = ot + (2 * i * nv + j / 2) * 4;
+            acc[i][j] = PSA__(halves_f32)(j % 2, vld1q_f32(o), vld1q_f32(o + nv * 4));
+        }
+    }
+    for (int64_t key = 0; key < n; key += 4) {
+        const uint16x8_t first = vzip1q_u16(PSA__(load_columns)(v[key], x), PSA__(load_columns)(v[key + 1], x));
+        const uint16x8_t second = vzip1q_u16(PSA__(load_columns)(v[key + 2], x), PSA__(load_columns)(v[key + 3], x));
+        const uint32x4_t ab = vreinterpretq_u32_u16(first), cd = vreinterpretq_u32_u16(second);
+        const uint16x8_t a[2] = {vreinterpretq_u16_u32(vzip1q_u32(ab, cd)), vreinterpretq_u16_u32(vzip2q_u32(ab, cd))};
+        for (int part = 0; part < 2; part++) {
+            PSA__UNROLL for (int i = 0; i < 2 * nv; i++, p += 8) {
+                const uint16x8_t pi = vld1q_u16(p);
+                acc[0][i] = PSA__(mmla)(acc[0][i], a[0], pi);
+                acc[1][i] = PSA__(mmla)(acc[1][i], a[1], pi);
+            }
+        }
+    }
+    PSA__UNROLL for (int i = 0; i < 4; i++) {
+        PSA__UNROLL for (int j = 0; j < nv; j++) {
+            vst1q_f32(ot + (i * nv + j) * 4, PSA__(halves_f32)(i % 2, acc[i / 2][2 * j], acc[i / 2][2 * j + 1]));
+        }
+    }
+}
+
+static PSA__TARGET_BF16 void PSA__(pv_bf16)(int nv, const float *s, const float *const *v, int64_t n, int64_t dv,
+                                            float *ot, const psa__ahead *ahead)
+{
+    static const uint16_t none[PSA_MAX_D] = {0};
+    uint16_t weight[PSA__TILE_K * 4 * PSA__NV * 2], *to = weight;
+    const void *row[PSA__TILE_K + 3];
+    float last[4 * 4 * PSA__NV] = {0}; /* weights of the last keys, up to 3, and zeros */
+    const int width = nv * 4;
+    memcpy(last, s + n / 4 * 4 * width, (size_t)(n % 4 * width) * sizeof *s);
+    memcpy(row, v, (size_t)n * sizeof *row);
+    for (int i = 0; i < 3; i++) row[n + i] = none;
+    for (int64_t key = 0; key < n; key += 4, to += width * 8) {
+        const float *from = key + 4 <= n ? s + key * width : last;
+        for (int j = 0; j < nv; j++) {
+            float32x4_t r[4];
+            PSA__UNROLL for (int i = 0; i < 4; i++) r[i] = vld1q_f32(from + i * width + j * 4);
+            PSA__(transpose)(r);
+            PSA__(store_parts)(to + j * 16, nv * 16, 2, 1, r[0], r[1]);
+            PSA__(store_parts)(to + j * 16 + 8, nv * 16, 2, 1, r[2], r[3]);
+        }
+    }
+    for (int64_t x = 0; x < dv; x += 4, ot += nv * 16) {
+        if (ahead) PSA__(prefetch)(ahead, x * ahead->n / dv, (x + 4) * ahead->n / dv);
+        switch (nv) {
+        case 1: PSA__(pv_bf16_tile)(1, weight, row, n, x, ot); break;
+        case 2: PSA__(pv_bf16_tile)(2, weight, row, n, x, ot); break;
+        case 3: PSA__(pv_bf16_tile)(3, weight, row, n, x, ot); break;
+        default: PSA__(pv_bf16_tile)(4, weight, row, n, x, ot); break;
+        }
+    }
+}
+#endif
+
 #define PSA__SHARED                                                                                                    \
     PSA__(to_f32), PSA__(from_f32), PSA__(sum), PSA__(scale), PSA__(mean), PSA__(dot), PSA__(blend), PSA__(spread),    \
         PSA__(moments), PSA__(squares), PSA__(second), PSA__(principal), PSA__(along), PSA__(sort), PSA__(part),       \
@@ -2806,12 +2999,20 @@ static const psa__leaves PSA__(leaves) = {
 #else
     "neon",
 #endif
-    PSA__W, PSA__NV, PSA__TILE_K, PSA__SHARED, NULL, NULL, NULL, NULL, NULL, NULL, PSA__(enter), PSA__(leave)};
+    PSA__W, PSA__NV, PSA__TILE_K, PSA__SHARED, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, PSA__(enter),
+    PSA__(leave)};
 
 #if PSA__PASS == 3 && defined(PSA__AMX)
 static const psa__leaves psa__amx_leaves = {
     "amx", PSA__W, PSA__NV, PSA__TILE_MATRIX, PSA__SHARED, PSA__(tile_queries), PSA__(tile_keys), PSA__(tile_values),
-    PSA__(tile_products), PSA__(tile_logits), PSA__(tile_weights), PSA__(enter_tiles), PSA__(leave_tiles)};
+    PSA__(tile_products), PSA__(tile_logits), PSA__(tile_weights), NULL, NULL, NULL, PSA__(enter_tiles),
+    PSA__(leave_tiles)};
+#endif
+
+#if PSA__PASS == 4 && defined(PSA__BFMMLA)
+static const psa__leaves psa__neon_bf16_leaves = {
+    "neon_bf16", PSA__W, PSA__NV, PSA__TILE_K, PSA__SHARED, NULL, NULL, NULL, NULL, NULL, NULL, PSA__(pack_bf16),
+    PSA__(qk_bf16), PSA__(pv_bf16), PSA__(enter), PSA__(leave)};
 #endif
 
 #undef PSA__SHARED
@@ -2844,6 +3045,9 @@ static const psa__leaves *psa__leaves_of(psa_isa isa)
 #endif
 #ifdef PSA__NEON
     case PSA_ISA_NEON: return &psa__neon_leaves;
+#endif
+#ifdef PSA__BFMMLA
+    case PSA_ISA_NEON_BF16: return &psa__neon_bf16_leaves;
 #endif
     default: return &psa__scalar_leaves;
     }
@@ -2924,6 +3128,10 @@ PSA__DEF psa_isa psa_isa_detect(void)
     if (psa__has_tiles(saved, r[3])) return PSA_ISA_AMX;
 #endif
     return PSA_ISA_AVX512;
+#elif defined(PSA__BFMMLA) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return PSA_ISA_NEON_BF16;
+#elif defined(PSA__BFMMLA)
+    return getauxval(26) >> 14 & 1 ? PSA_ISA_NEON_BF16 : PSA_ISA_NEON; /* AT_HWCAP2, HWCAP2_BF16 */
 #elif defined(PSA__NEON)
     return PSA_ISA_NEON;
 #else
@@ -2939,6 +3147,7 @@ static psa_isa psa__isa_of(psa_isa isa)
     if (isa == PSA_ISA_AUTO) return best;
     if (isa == PSA_ISA_AVX512 && best == PSA_ISA_AMX) return isa;
     if (isa == PSA_ISA_AVX2 && (best == PSA_ISA_AVX512 || best == PSA_ISA_AMX)) return isa;
+    if (isa == PSA_ISA_NEON && best == PSA_ISA_NEON_BF16) return isa;
     return isa == best ? isa : PSA_ISA_END;
 }
 
@@ -2946,7 +3155,7 @@ PSA__DEF int psa_isa_supported(psa_isa isa) { return psa__isa_of(isa) != PSA_ISA
 
 PSA__DEF const char *psa_isa_name(psa_isa isa)
 {
-    static const char *const name[] = {"auto", "scalar", "avx2", "avx512", "neon", "amx"};
+    static const char *const name[] = {"auto", "scalar", "avx2", "avx512", "neon", "amx", "neon_bf16"};
     return isa >= PSA_ISA_AUTO && isa < PSA_ISA_END ? name[isa] : NULL;
 }
 
@@ -3437,6 +3646,7 @@ static int psa__copies_head(const psa_plan *p)
     int apart = p->k.type != PSA_F32 || p->desc.order_k.index || p->k.nb[1] != (size_t)p->D * f ||
                 p->v.nb[1] != (size_t)p->Dv * f;
     size_t blocks = psa__mul(psa__mul((size_t)p->B, (size_t)p->Hq), (size_t)p->nq) / (size_t)p->desc.n_threads;
+    if (p->leaves->qk_bf16) return 0; /* rows are read as they are */
     return p->desc.mask == PSA_MASK_DENSE && apart && p->nq >= 4 && blocks >= 4; /* of a head, in one thread */
 }
 
@@ -3454,7 +3664,8 @@ static size_t psa__scratch_layout(const psa_plan *p, char *base, psa__scratch *w
     int tree = scored && p->desc.tree != PSA_TREE_NONE;
     size_t copied = psa__copies_head(p) ? (size_t)p->Nk : 0, copied_d = d, copied_dv = dv;
     uintptr_t b = (uintptr_t)base;
-    size_t qt = lanes * (p->leaves->tile_products ? (size_t)psa__up_to_32(p->D) / 2 * 3 : d); /* up to three parts */
+    int in_parts = p->leaves->tile_products || p->leaves->qk_bf16; /* up to three of them */
+    size_t qt = lanes * (in_parts ? (size_t)psa__up_to_32(p->D) / 2 * 3 : d);
     psa__scratch s;
     if (copied && p->leaves->tile_products) {
         copied = psa__add(copied, PSA__TILE_MATRIX);
@@ -3570,6 +3781,7 @@ PSA__DEF psa_result psa_plan_init(psa_plan *plan, const psa_desc *desc, const ps
         return psa__fail(desc, PSA_ERR_ISA, "instruction set %d is not available", (int)desc->isa);
     }
     if (p.desc.isa == PSA_ISA_AMX && (k->type == PSA_F32 || !psa__ask_for_tiles())) p.desc.isa = PSA_ISA_AVX512;
+    if (p.desc.isa == PSA_ISA_NEON_BF16 && k->type != PSA_BF16) p.desc.isa = PSA_ISA_NEON;
     p.leaves = psa__leaves_of(p.desc.isa);
     if (desc->n_threads < 0) return psa__fail(desc, PSA_ERR_THREADS, "n_threads is %d", desc->n_threads);
     if (desc->n_threads == 0) p.desc.n_threads = psa__processors();
@@ -3688,7 +3900,9 @@ static void psa__kv_rows(const psa_plan *p, const psa_tensor *t, const void *dat
     const int32_t *index = o->index ? o->index + b * o->stride_b + hkv * o->stride_h + begin : NULL;
     const char *head = (const char *)data + psa__offset(t, b, hkv, 0);
     if (!index) psa__spaced_rows(head, t->nb[1], begin, n, rows);
-    for (int64_t i = 0; index && i < n; i++) rows[i] = (const float *)(const void *)(head + (size_t)index[i] * t->nb[1]);
+    for (int64_t i = 0; index && i < n; i++) {
+        rows[i] = (const float *)(const void *)(head + (size_t)index[i] * t->nb[1]);
+    }
     for (int64_t i = 0; space && i < n; i++) {
         rows[i] = psa__row_f32(p, t, (const char *)(const void *)rows[i], space + i * t->ne[0]);
     }
@@ -4282,16 +4496,17 @@ static psa__tiles psa__tiles_of(const psa__leaves *f, int64_t lanes)
     return t;
 }
 
-/* Packs n rows (width d) into query tiles; the lanes beyond n are zero, their rows those of the scratch. row has room
- * for all lanes. Returns how many there are. */
+/* Packs n rows (width d) into query tiles, of bf16 in so many parts, which are not scaled, else 0; the lanes beyond n
+ * are zero, their rows those of the scratch. row has room for all lanes. Returns how many there are. */
 static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__tiles *tiles, const float **row,
-                                 int64_t n, int64_t d, float scale)
+                                 int64_t n, int64_t d, float scale, int parts)
 {
     int64_t lanes = psa__ceil_div(n, p->leaves->lanes) * p->leaves->lanes, lane = 0;
     memset(w->rows + n * d, 0, (size_t)((lanes - n) * d) * sizeof(float));
     for (int64_t i = n; i < lanes; i++) row[i] = w->rows + i * d;
     for (int t = 0; t < tiles->n; t++) {
-        p->leaves->pack(tiles->nv[t], w->qt + lane * d, row + lane, d, scale);
+        if (parts) p->leaves->pack_bf16(tiles->nv[t], w->qt + lane * d * parts / 2, row + lane, parts, d);
+        else p->leaves->pack(tiles->nv[t], w->qt + lane * d, row + lane, d, scale);
         lane += tiles->nv[t] * p->leaves->lanes;
     }
     return lanes;
@@ -4654,7 +4869,7 @@ static void psa__score_rows(const psa_plan *p, const void *q, const void *k, cha
     for (int64_t i = 0; i < lanes; i++) queries[i] = w->rows + i * d;
     padded = psa__scores_matrix(p)
                  ? psa__tile_queries(p, w, &tiles, PSA_F32, psa__score_parts(p), queries, lanes)
-                 : psa__pack_queries(p, w, &tiles, queries, lanes, d, scale);
+                 : psa__pack_queries(p, w, &tiles, queries, lanes, d, scale, 0);
     for (int64_t jk = 0; jk < n; jk += batch) {
         psa__score_blocks(p, k, base, b, hkv, jk, psa__min(batch, n - jk), whole, &tiles, lanes, padded, sums, w);
     }
@@ -4911,8 +5126,8 @@ static uint64_t psa__final_cost(const psa_plan *p, int i, int n_steps, int cap)
     return level ? (uint64_t)(PSA_MAX_BLOCK_K / level) : 0;
 }
 
-/* A row's blocks into a table: what leaving a level saves at each price; then what all cost at price 0, and
- * how many they are. */
+/* A row's blocks into a table: what leaving a level saves at each price; then what all cost at price 0, and how many
+ * they are. */
 static void psa__price_row(const psa_plan *p, const uint16_t *steps, const uint8_t *cap, int64_t iq, psa__scratch *w,
                            uint64_t *prices)
 {
@@ -5111,7 +5326,7 @@ typedef struct psa__stream {
     int width;               /* of psa__few, if the query rows are few enough for it; else 0 */
     int64_t copied;          /* the KV head whose rows are in w.head_k and w.head_v; -1: none is copied */
     psa_type type;           /* of the rows that are read */
-    int in_place;            /* they can be read as f32 where they are */
+    int in_place;            /* they are read where they are */
     psa__tile tile[2];
     psa__tile *full, *next;  /* what waits, and what is filled */
     int64_t rows;            /* rows read so far by this query block */
@@ -5185,27 +5400,34 @@ static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
     const psa__leaves *f = st->p->leaves;
     psa__scratch *w = &st->w;
     int64_t lane = 0, d = st->p->D, dv = st->p->Dv, n = tile->n;
-    int finite = 1;
+    int finite = 1, parts = f->qk_bf16 ? psa__parts(st->p->q.type) : 0;
+    psa_type type = parts ? PSA_BF16 : PSA_F32;
+    float scale = (float)(st->p->desc.scale * PSA__LOG2E);
     psa__widen_rows(st, tile->k, n, d, w->k);
     psa__pad_keys(tile->k, tile->bias, n);
     for (int t = 0; t < st->tiles.n; t++) {
         int nv = st->tiles.nv[t];
         int64_t width = nv * f->lanes;
         float *ot = w->ot + lane * dv;
+        const float *bias = tile->pooled ? tile->bias : NULL;
         int32_t first[PSA__TILE_K];
         psa__ahead ahead = psa__ahead_of(st, tile, t, 0);
         for (int64_t i = 0; tile->straddles && i < n; i++) first[i] = tile->first[i] - (int32_t)lane;
-        f->qk(nv, w->qt + lane * d, tile->k, n, d, tile->pooled ? tile->bias : NULL, w->s, w->top, &ahead);
+        if (parts) {
+            f->qk_bf16(nv, w->qt + lane * d * parts / 2, parts, scale, tile->k, n, d, bias, w->s, w->top, &ahead);
+        } else {
+            f->qk(nv, w->qt + lane * d, tile->k, n, d, bias, w->s, w->top, &ahead);
+        }
         if (tile->straddles) f->hide(nv, w->s, n, first, w->top);
         psa__first_maxima(st, lane, width);
         f->softmax(nv, w->s, n, w->top, w->m + lane, w->l + lane, ot, dv);
         if (t == 0) {
             psa__widen_rows(st, tile->v, n, dv, w->v);
-            finite = !tile->straddles || psa__v_finite(st, tile, PSA_F32);
+            finite = !tile->straddles || psa__v_finite(st, tile, type);
         }
         ahead = psa__ahead_of(st, tile, t, 1);
-        if (finite) f->pv(nv, w->s, tile->v, n, dv, ot, &ahead);
-        else psa__pv_hidden(st, tile, w->s, PSA_F32, lane, width, ot, width, 1);
+        if (!finite) psa__pv_hidden(st, tile, w->s, type, lane, width, ot, width, 1);
+        else (parts ? f->pv_bf16 : f->pv)(nv, w->s, tile->v, n, dv, ot, &ahead);
         lane += width;
     }
 }
@@ -5307,10 +5529,8 @@ static void psa__stream_rows(const psa__stream *st, int64_t begin, int64_t n, co
         psa__kv_rows(p, &p->k, st->k, st->b, st->hkv, begin, n, NULL, k);
         psa__kv_rows(p, &p->v, st->v, st->b, st->hkv, begin, n, NULL, v);
     } else {
-        for (int64_t i = 0; i < n; i++) {
-            k[i] = st->w.head_k + (begin + i) * p->D;
-            v[i] = st->w.head_v + (begin + i) * p->Dv;
-        }
+        psa__spaced_rows((const char *)st->w.head_k, (size_t)p->D * sizeof(float), begin, n, k);
+        psa__spaced_rows((const char *)st->w.head_v, (size_t)p->Dv * sizeof(float), begin, n, v);
     }
 }
 
@@ -5478,7 +5698,10 @@ static int64_t psa__place_queries(psa__stream *st)
     for (int64_t i = 0; i < st->n; i++) {
         row[i] = psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], st->w.rows + i * p->D);
     }
-    if (st->n > lanes) return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale);
+    if (st->n > lanes) {
+        int parts = p->leaves->qk_bf16 ? psa__parts(p->q.type) : 0;
+        return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale, parts);
+    }
     st->tiles.n = 0;
     for (st->width = 1; st->width < st->n;) st->width *= 2;
     psa__place_few(st, row, scale);
@@ -5512,7 +5735,8 @@ static void psa__stream_init(psa__stream *st, const psa_plan *p, const void *k, 
     st->w = psa__scratch_of(p, work, ith);
     st->copied = -1;
     st->type = p->k.type;
-    st->in_place = p->k.type == PSA_F32 && psa__is_aligned(&p->k, k) && psa__is_aligned(&p->v, v);
+    st->in_place = p->leaves->qk_bf16 ||
+                   (p->k.type == PSA_F32 && psa__is_aligned(&p->k, k) && psa__is_aligned(&p->v, v));
     for (int i = 0; i < 2; i++) {
         int at = i * (p->leaves->tile_k + PSA__PAD_K);
         st->tile[i].k = st->w.kp + at;

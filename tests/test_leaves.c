@@ -660,6 +660,86 @@ static void leaves_matrix(void) {
         }
 }
 
+/* ---- bf16 in vectors ---- */
+
+/* Logits of up to max_nv vectors of queries in so many parts, and weights times values of bf16. */
+static void check_bf16(const psa__leaves *f, int round) {
+    int nv = rnd_int(1, f->max_nv), parts = 1 + round % 3;
+    psa_type type_q = parts == 1 ? PSA_BF16 : parts == 2 ? PSA_F16 : PSA_F32;
+    int64_t d = 8 * rnd_int(1, 32), dv = 8 * rnd_int(1, 32), n = rnd_int(1, f->tile_k), lanes = nv * f->lanes;
+    int64_t rows = n + PSA__PAD_K;
+    float scale = (float)rnd_uniform(), *bias = (float *)xmalloc((size_t)rows * sizeof *bias);
+    float top[PSA_MAX_BLOCK_Q], *q32 = (float *)xmalloc((size_t)(lanes * d) * sizeof *q32);
+    char *q_data, *k_data, *v_data;
+    const float **q = rows_of(type_q, lanes, d, &q_data), **k = rows_of(PSA_BF16, rows, d, &k_data);
+    const float **v = rows_of(PSA_BF16, n, dv, &v_data), **row = (const float **)xmalloc((size_t)lanes * sizeof *row);
+    guarded memory[3] = {guarded_new((size_t)(lanes * d * parts / 2) * sizeof(float), 0),
+                         guarded_new((size_t)(rows * lanes) * sizeof(float), 0),
+                         guarded_new((size_t)(dv * lanes) * sizeof(float), 0)};
+    float *qt = (float *)guarded_data(&memory[0]), *s = (float *)guarded_data(&memory[1]);
+    float *ot = (float *)guarded_data(&memory[2]), *was = (float *)xmalloc((size_t)(dv * lanes) * sizeof *was);
+    for (int64_t i = 0; i < lanes; i++) {
+        row[i] = q32 + i * d;
+        for (int64_t x = 0; x < d; x++)
+            q32[i * d + x] = element_at((const char *)(const void *)q[i], type_q, x);
+    }
+    fill(bias, rows, 1), fill(ot, dv * lanes, 1);
+    memcpy(was, ot, (size_t)(dv * lanes) * sizeof *was);
+    for (int64_t i = n; i < rows; i++) /* as lists of rows are padded */
+        k[i] = k[n - 1], bias[i] = bias[n - 1];
+    unsigned mode = f->enter();
+    f->pack_bf16(nv, qt, row, parts, d);
+    f->qk_bf16(nv, qt, parts, scale, k, n, d, round % 5 ? bias : NULL, s, top, NULL);
+    f->leave(mode);
+    for (int64_t lane = 0; lane < lanes; lane++) {
+        double most = -INFINITY;
+        for (int64_t i = 0; i < n; i++) {
+            double want = round % 5 ? (double)bias[i] : 0, size = fabs(want);
+            for (int64_t x = 0; x < d; x++) {
+                double product = (double)row[lane][x] * (double)scale *
+                                 (double)element_at((const char *)(const void *)k[i], PSA_BF16, x);
+                want += product, size += fabs(product);
+            }
+            check_sum(f, "logit", (double)s[i * lanes + lane], want, size);
+            most = fmax(most, (double)s[i * lanes + lane]);
+        }
+        CHECK((double)top[lane] == most, "%s: top %g, expected %g", f->name, (double)top[lane], most);
+    }
+    for (int64_t i = 0; i < n * lanes; i++)
+        s[i] = (float)rnd_uniform();
+    mode = f->enter();
+    f->pv_bf16(nv, s, v, n, dv, ot, NULL);
+    f->leave(mode);
+    for (int64_t x = 0; x < dv; x++)
+        for (int64_t lane = 0; lane < lanes; lane++) {
+            double want = (double)was[x * lanes + lane], size = fabs(want), got = (double)ot[x * lanes + lane];
+            for (int64_t i = 0; i < n; i++) {
+                double product = (double)s[i * lanes + lane] *
+                                 (double)element_at((const char *)(const void *)v[i], PSA_BF16, x);
+                want += product, size += fabs(product);
+            }
+            CHECK(fabs(got - want) <= (0x1p-17 + 1e-6) * size, "%s: output %.9g, expected %.9g", f->name, got, want);
+        }
+    for (int i = 0; i < 3; i++) {
+        CHECK(guarded_intact(&memory[i]), "%s: guard bytes were written", f->name);
+        guarded_free(&memory[i]);
+    }
+    free(bias), free(q32), free(q), free(k), free(v), free(q_data), free(k_data), free(v_data), free(row), free(was);
+}
+
+static void leaves_bf16(void) {
+    for (int isa = PSA_ISA_SCALAR; isa < PSA_ISA_END; isa++) {
+        if (!psa_isa_supported((psa_isa)isa))
+            continue;
+        const psa__leaves *f = psa__leaves_of((psa_isa)isa);
+        CHECK(!f->qk_bf16 == (isa != PSA_ISA_NEON_BF16), "%s", f->name);
+        for (int r = 0; f->qk_bf16 && r < test_rounds(300); r++) {
+            rnd_round(r);
+            check_bf16(f, r);
+        }
+    }
+}
+
 const test_case tests_leaves[] = {
     {"leaves/vectors", leaves_vectors},
     {"leaves/types", leaves_types},
@@ -675,5 +755,6 @@ const test_case tests_leaves[] = {
     {"leaves/row_error", leaves_row_error},
     {"leaves/hull", leaves_hull},
     {"leaves/matrix", leaves_matrix},
+    {"leaves/bf16", leaves_bf16},
     {NULL, NULL},
 };

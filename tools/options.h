@@ -59,9 +59,11 @@ static int fail(const options *o, const char *format, ...) {
     return 2;
 }
 
-/* What a plan makes of an instruction set: AMX has tiles for f16 and bf16, f32 is left to AVX-512. */
+/* What a plan makes of an instruction set: AMX has tiles for f16 and bf16, NEON_BF16 instructions for bf16. */
 static inline psa_isa isa_of(psa_isa isa, int type) {
-    return isa == PSA_ISA_AMX && type == PSA_F32 ? PSA_ISA_AVX512 : isa;
+    if (isa == PSA_ISA_AMX && type == PSA_F32)
+        return PSA_ISA_AVX512;
+    return isa == PSA_ISA_NEON_BF16 && type != PSA_BF16 ? PSA_ISA_NEON : isa;
 }
 
 /* ---- names: the i-th one, NULL past the end ---- */

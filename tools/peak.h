@@ -76,7 +76,7 @@ static float peak_loop(psa_isa isa, psa_type type) {
         return peak_avx2();
 #endif
 #ifdef PEAK_NEON
-    if (isa == PSA_ISA_NEON)
+    if (isa == PSA_ISA_NEON || isa == PSA_ISA_NEON_BF16)
         return peak_neon();
 #endif
     (void)isa, (void)type;
