@@ -3635,6 +3635,9 @@ static int64_t psa__ot_rows(const psa_plan *p) { return p->leaves->tile_products
 /* Numbers of a type are the sum of so many in bf16. */
 static int psa__parts(psa_type type) { return type == PSA_BF16 ? 1 : type == PSA_F16 ? 2 : 3; }
 
+/* Of the queries in tiles for keys of bf16; 0: tiles are f32. */
+static int psa__bf16_parts(const psa_plan *p) { return p->leaves->qk_bf16 ? psa__parts(p->q.type) : 0; }
+
 /* Floats that a row of K or V takes in matrix tiles. */
 static int64_t psa__tile_row(const psa_plan *p, int64_t d) { return psa__up_to_32(d) / 2 * psa__parts(p->k.type); }
 
@@ -4496,8 +4499,8 @@ static psa__tiles psa__tiles_of(const psa__leaves *f, int64_t lanes)
     return t;
 }
 
-/* Packs n rows (width d) into query tiles, of bf16 in so many parts, which are not scaled, else 0; the lanes beyond n
- * are zero, their rows those of the scratch. row has room for all lanes. Returns how many there are. */
+/* Packs n rows (width d) into query tiles, f32 and scaled, or in so many parts of bf16 and not. The lanes beyond n are
+ * zero, their rows those of the scratch. row has room for all lanes. Returns how many there are. */
 static int64_t psa__pack_queries(const psa_plan *p, psa__scratch *w, const psa__tiles *tiles, const float **row,
                                  int64_t n, int64_t d, float scale, int parts)
 {
@@ -5400,7 +5403,7 @@ static void psa__attend_tiles(psa__stream *st, psa__tile *tile)
     const psa__leaves *f = st->p->leaves;
     psa__scratch *w = &st->w;
     int64_t lane = 0, d = st->p->D, dv = st->p->Dv, n = tile->n;
-    int finite = 1, parts = f->qk_bf16 ? psa__parts(st->p->q.type) : 0;
+    int finite = 1, parts = psa__bf16_parts(st->p);
     psa_type type = parts ? PSA_BF16 : PSA_F32;
     float scale = (float)(st->p->desc.scale * PSA__LOG2E);
     psa__widen_rows(st, tile->k, n, d, w->k);
@@ -5682,7 +5685,7 @@ static void psa__place_few(psa__stream *st, const float *const *row, float scale
     }
 }
 
-/* The block's query rows, scaled, to w.qt, in tiles or for psa__few. Returns the lanes that they take. */
+/* The block's query rows to w.qt, in tiles or for psa__few. Returns the lanes that they take. */
 static int64_t psa__place_queries(psa__stream *st)
 {
     const psa_plan *p = st->p;
@@ -5699,8 +5702,7 @@ static int64_t psa__place_queries(psa__stream *st)
         row[i] = psa__row_f32(p, &p->q, (const char *)(const void *)st->q[i], st->w.rows + i * p->D);
     }
     if (st->n > lanes) {
-        int parts = p->leaves->qk_bf16 ? psa__parts(p->q.type) : 0;
-        return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale, parts);
+        return psa__pack_queries(p, &st->w, &st->tiles, row, st->n, p->D, scale, psa__bf16_parts(p));
     }
     st->tiles.n = 0;
     for (st->width = 1; st->width < st->n;) st->width *= 2;
