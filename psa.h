@@ -5691,7 +5691,8 @@ static int64_t psa__place_queries(psa__stream *st)
     const psa_plan *p = st->p;
     float scale = (float)(p->desc.scale * PSA__LOG2E);
     const float *row[PSA_MAX_BLOCK_Q];
-    const int lanes = p->leaves->lanes, most_few = p->k.type == PSA_BF16 ? lanes / 2 : lanes; /* one part a number */
+    /* Tiles of bf16, one part a number, are worth it from half a vector of queries on. */
+    const int lanes = p->leaves->lanes, most_few = p->k.type == PSA_BF16 ? lanes / 2 : lanes;
     st->tiles = psa__tiles_of(p->leaves, st->n);
     st->width = 0;
     if (p->leaves->tile_products && st->n > most_few) {

@@ -574,6 +574,30 @@ static const float **rows_of(psa_type type, int64_t n, int64_t d, char **data) {
     return row;
 }
 
+/* scale * q . k + bias, for rows of any type. */
+static void check_logit(const psa__leaves *f, float got, const float *q, psa_type type_q, const float *k, psa_type type,
+                        int64_t d, float scale, float bias) {
+    double want = (double)bias, size = fabs(want);
+    for (int64_t x = 0; x < d; x++) {
+        double product = (double)element_at((const char *)(const void *)q, type_q, x) *
+                         (double)element_at((const char *)(const void *)k, type, x) * (double)scale;
+        want += product, size += fabs(product);
+    }
+    check_sum(f, "logit", (double)got, want, size);
+}
+
+/* was + the sum of weights p[key * stride] times element x of n values; weights are in two parts of bf16. */
+static void check_output(const psa__leaves *f, float got, double was, const double *p, int64_t stride,
+                         const float *const *v, psa_type type, int64_t n, int64_t x) {
+    double want = was, size = fabs(want);
+    for (int64_t i = 0; i < n; i++) {
+        double product = p[i * stride] * (double)element_at((const char *)(const void *)v[i], type, x);
+        want += product, size += fabs(product);
+    }
+    CHECK(fabs((double)got - want) <= (0x1p-17 + 1e-6) * size, "%s: output %.9g, expected %.9g", f->name, (double)got,
+          want);
+}
+
 /* Logits of 16 queries, their weights, and what they add to the output. Keys beyond n have rows, but no weight. */
 static void check_matrix(const psa__leaves *f, int round) {
     psa_type type_q = (psa_type)(round % 3), type = round % 2 ? PSA_F16 : PSA_BF16;
@@ -605,14 +629,8 @@ static void check_matrix(const psa__leaves *f, int round) {
     for (int64_t lane = 0; lane < 16; lane++) {
         double most = -INFINITY;
         for (int64_t i = 0; i < n; i++) {
-            double want = round % 5 ? (double)bias[i] : 0, size = fabs(want);
-            for (int64_t x = 0; x < d; x++) {
-                double product = (double)element_at((const char *)(const void *)q[lane], type_q, x) *
-                                 (double)element_at((const char *)(const void *)k[i], type, x) * (double)scale;
-                want += product, size += fabs(product);
-            }
+            check_logit(f, at[3][i * 16 + lane], q[lane], type_q, k[i], type, d, scale, round % 5 ? bias[i] : 0);
             p[i * 16 + lane] = (double)at[3][i * 16 + lane];
-            check_sum(f, "logit", p[i * 16 + lane], want, size);
             most = fmax(most, p[i * 16 + lane]);
         }
         CHECK((double)top[lane] == most, "%s: top %g, expected %g", f->name, (double)top[lane], most);
@@ -631,15 +649,8 @@ static void check_matrix(const psa__leaves *f, int round) {
         for (int64_t i = 0; i < n; i++)
             sum += p[i * 16 + lane] = exp2(p[i * 16 + lane] - (double)m[lane]);
         check_sum(f, "denominator", (double)l[lane], sum, sum);
-        for (int64_t x = 0; x < dv; x++) {
-            double want = (double)was[x * 16 + lane] * shrink, size = fabs(want);
-            for (int64_t i = 0; i < n; i++) {
-                double product = p[i * 16 + lane] * (double)element_at((const char *)(const void *)v[i], type, x);
-                want += product, size += fabs(product);
-            }
-            double got = (double)at[5][x * 16 + lane];
-            CHECK(fabs(got - want) <= (0x1p-17 + 1e-6) * size, "%s: output %.9g, expected %.9g", f->name, got, want);
-        }
+        for (int64_t x = 0; x < dv; x++)
+            check_output(f, at[5][x * 16 + lane], (double)was[x * 16 + lane] * shrink, p + lane, 16, v, type, n, x);
     }
     for (int i = 0; i < 6; i++) {
         CHECK(guarded_intact(&memory[i]), "%s: guard bytes were written", f->name);
@@ -678,6 +689,7 @@ static void check_bf16(const psa__leaves *f, int round) {
                          guarded_new((size_t)(dv * lanes) * sizeof(float), 0)};
     float *qt = (float *)guarded_data(&memory[0]), *s = (float *)guarded_data(&memory[1]);
     float *ot = (float *)guarded_data(&memory[2]), *was = (float *)xmalloc((size_t)(dv * lanes) * sizeof *was);
+    double *p = (double *)xmalloc((size_t)(n * lanes) * sizeof *p);
     for (int64_t i = 0; i < lanes; i++) {
         row[i] = q32 + i * d;
         for (int64_t x = 0; x < d; x++)
@@ -694,37 +706,24 @@ static void check_bf16(const psa__leaves *f, int round) {
     for (int64_t lane = 0; lane < lanes; lane++) {
         double most = -INFINITY;
         for (int64_t i = 0; i < n; i++) {
-            double want = round % 5 ? (double)bias[i] : 0, size = fabs(want);
-            for (int64_t x = 0; x < d; x++) {
-                double product = (double)row[lane][x] * (double)scale *
-                                 (double)element_at((const char *)(const void *)k[i], PSA_BF16, x);
-                want += product, size += fabs(product);
-            }
-            check_sum(f, "logit", (double)s[i * lanes + lane], want, size);
+            check_logit(f, s[i * lanes + lane], q[lane], type_q, k[i], PSA_BF16, d, scale, round % 5 ? bias[i] : 0);
             most = fmax(most, (double)s[i * lanes + lane]);
         }
         CHECK((double)top[lane] == most, "%s: top %g, expected %g", f->name, (double)top[lane], most);
     }
     for (int64_t i = 0; i < n * lanes; i++)
-        s[i] = (float)rnd_uniform();
+        p[i] = (double)(s[i] = (float)rnd_uniform());
     mode = f->enter();
     f->pv_bf16(nv, s, v, n, dv, ot, NULL);
     f->leave(mode);
-    for (int64_t x = 0; x < dv; x++)
-        for (int64_t lane = 0; lane < lanes; lane++) {
-            double want = (double)was[x * lanes + lane], size = fabs(want), got = (double)ot[x * lanes + lane];
-            for (int64_t i = 0; i < n; i++) {
-                double product = (double)s[i * lanes + lane] *
-                                 (double)element_at((const char *)(const void *)v[i], PSA_BF16, x);
-                want += product, size += fabs(product);
-            }
-            CHECK(fabs(got - want) <= (0x1p-17 + 1e-6) * size, "%s: output %.9g, expected %.9g", f->name, got, want);
-        }
+    for (int64_t i = 0; i < dv * lanes; i++)
+        check_output(f, ot[i], (double)was[i], p + i % lanes, lanes, v, PSA_BF16, n, i / lanes);
     for (int i = 0; i < 3; i++) {
         CHECK(guarded_intact(&memory[i]), "%s: guard bytes were written", f->name);
         guarded_free(&memory[i]);
     }
     free(bias), free(q32), free(q), free(k), free(v), free(q_data), free(k_data), free(v_data), free(row), free(was);
+    free(p);
 }
 
 static void leaves_bf16(void) {

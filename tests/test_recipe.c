@@ -287,8 +287,8 @@ static void set_density(setup *s, double density) {
     run_budget(s, rnd_int(1, 3)), run_mask(s, rnd_int(1, 3));
 }
 
-/* What can be had lies between what is protected and everything; there the density is met within 1 %. Asked for is .65 %,
- * so that what holds here holds for other shapes too. */
+/* What can be had lies between what is protected and everything; there the density is met within 1 %. Asked for is
+ * .65 %, so that what holds here holds for other shapes too. */
 static void density_met(void) {
     for (int r = 0; r < test_rounds(45); r++) {
         rnd_round(r);
@@ -309,8 +309,8 @@ static void density_met(void) {
             set_density(&s, desc.density);
             double got = density_of(&s, h);
             CHECK(desc.n_sim_min || most == 1, "at most %g", most);
-            CHECK(fabs(got - want) <= .0065 * want, "mask %d, head %d: density %g, expected %g", (int)desc.mask, (int)h,
-                  got, want);
+            CHECK(fabs(got - want) <= .0065 * want, "mask %d, head %d: density %g, expected %g", (int)desc.mask,
+                  (int)h, got, want);
         }
         run_attend(&s, setup_levels(&s), 2);
         CHECK_ATTENTION(&s, setup_levels(&s));
